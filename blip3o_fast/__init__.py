@@ -1,0 +1,46 @@
+"""blip3o_fast: the BLIP3-o diffusion transformer over 64 tokens, fast and exact.
+
+Importing this package imports nothing else: no torch, no transformers, no CUDA, no network. Every
+name below is imported when it is first used (PEP 562), so `blip3o-fast --help` stays quick.
+
+    from blip3o_fast import BLIP3oConfig, BLIP3oDiT, sample
+    model = BLIP3oDiT(BLIP3oConfig.preset("tiny"))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that has it; a name that is its own module maps to itself.
+_NAMES = {
+    "BLIP3oConfig": "blip3o_fast.models.config",
+    "BLIP3oDiT": "blip3o_fast.models.nextdit",
+    "sample": "blip3o_fast.sampling.sampler",
+    "use_backend": "blip3o_fast.ops",
+}
+_MODULES = ("data", "evaluation", "flow", "models", "ops", "sampling", "training")
+
+__all__ = ["__version__", *_NAMES, *_MODULES]
+
+if TYPE_CHECKING:
+    from . import data, evaluation, flow, models, ops, sampling, training
+    from .models.config import BLIP3oConfig
+    from .models.nextdit import BLIP3oDiT
+    from .ops import use_backend
+    from .sampling.sampler import sample
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(import_module(_NAMES[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"blip3o_fast.{name}")
+    else:
+        raise AttributeError(f"module 'blip3o_fast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

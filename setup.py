@@ -1,0 +1,160 @@
+"""Builds the optional extension blip3o_fast._C; everything declarative is in pyproject.toml.
+
+BLIP3O_FAST_BUILD chooses (see docs/environment.md):
+    auto (default)  the C++ extension where a compiler can build it, pure Python otherwise; one line says which
+    cpu             the C++ extension; anything that is missing is an error
+    none            pure Python
+A compiler that passes the probe and then fails on our sources is an error in every mode: a silent pure-Python
+install would look like a slow but successful one. torch is never imported here, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "cpu", "none")
+# The commands that compile; for the others (sdist, metadata) there is nothing to probe or to announce.
+COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+PROBE = """
+#include <Python.h>
+#if __cplusplus < 201703L
+#error "C++17 is needed"
+#endif
+#include <optional>
+int main() { return std::optional<int>(0).value(); }
+"""
+
+
+def say(line: str) -> None:
+    print(f"blip3o_fast: {line}", file=sys.stderr, flush=True)
+
+
+def check_symlink() -> None:
+    """blip3o_fast/kernels must lead to kernels/ (a checkout without symlinks leaves a text file)."""
+    link = ROOT / "blip3o_fast" / "kernels"
+    if not link.is_dir():
+        raise SystemExit(
+            f"error: {link} is not a folder: this checkout has no symbolic links.\n"
+            "hint: git config core.symlinks true && git checkout -- blip3o_fast/kernels "
+            "(on Windows: turn on developer mode first)"
+        )
+
+
+def build_mode() -> str:
+    mode = os.environ.get("BLIP3O_FAST_BUILD", "").strip().lower() or "auto"
+    if mode == "cuda":
+        raise SystemExit(
+            "error: BLIP3O_FAST_BUILD=cuda: this version has no CUDA sources yet.\n"
+            "hint: use BLIP3O_FAST_BUILD=auto or cpu; the PyTorch reference runs on the GPU"
+        )
+    if mode not in MODES:
+        raise SystemExit(
+            f"error: BLIP3O_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}"
+        )
+    return mode
+
+
+def why_no_extension() -> str | None:
+    """The reason why this machine cannot build C++17 against Python.h, or None where it can."""
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    from setuptools import distutils  # noqa: F401  (makes the vendored distutils importable)
+    from distutils import ccompiler, sysconfig
+    from distutils.errors import CCompilerError, DistutilsError
+
+    compiler = ccompiler.new_compiler()
+    if compiler.compiler_type != "unix":
+        return f"the compiler kind {compiler.compiler_type!r} is not supported"
+    sysconfig.customize_compiler(compiler)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(PROBE)
+        output = sys.stderr.fileno()
+        kept = os.dup(output)
+        with open(Path(folder, "log"), "w+") as log:
+            os.dup2(log.fileno(), output)
+            try:
+                compiler.compile(
+                    [str(source)],
+                    output_dir=folder,
+                    include_dirs=[sysconfig.get_python_inc()],
+                    extra_postargs=["-std=c++17"],
+                )
+            except (CCompilerError, DistutilsError, OSError) as error:
+                log.seek(0)
+                text = log.read()
+                if "Python.h" in text:
+                    return "Python.h is missing (Debian: apt-get install python3-dev)"
+                return f"no working C++17 compiler (Debian: apt-get install g++): {error}"
+            finally:
+                os.dup2(kept, output)
+                os.close(kept)
+    return None
+
+
+def load_ext_module() -> ModuleType:
+    """blip3o_fast/_ext.py by path: the build and the import must hash csrc the same way."""
+    spec = importlib.util.spec_from_file_location(
+        "_blip3o_fast_ext", ROOT / "blip3o_fast" / "_ext.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def extension() -> Extension:
+    from pybind11.setup_helpers import Pybind11Extension
+
+    sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
+    headers = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
+    return Pybind11Extension(
+        "blip3o_fast._C",
+        sources,  # relative on purpose: absolute paths would end up in the sdist's file list
+        depends=headers,
+        include_dirs=["csrc"],
+        cxx_std=17,
+        # No -march=native and no -ffast-math: one wheel runs on every CPU and gives the same numbers.
+        # -fopenmp-simd honours `#pragma omp simd` and links no OpenMP.
+        extra_compile_args=["-O3", "-fopenmp-simd", "-fvisibility=hidden"],
+        define_macros=[
+            ("BLIP3O_FAST_SOURCE_HASH", f'"{load_ext_module().source_hash(ROOT / "csrc")}"')
+        ],
+    )
+
+
+def extensions() -> list[Extension]:
+    mode = build_mode()
+    if not COMPILING.intersection(sys.argv):
+        return []
+    if mode == "none":
+        say("BLIP3O_FAST_BUILD=none: pure Python, no C++ extension")
+        return []
+    reason = why_no_extension()
+    if reason is None:
+        say(f"BLIP3O_FAST_BUILD={mode}: building the C++ extension for the CPU")
+        return [extension()]
+    if mode == "cpu":
+        raise SystemExit(f"error: BLIP3O_FAST_BUILD=cpu, but {reason}")
+    say(f"BLIP3O_FAST_BUILD=auto: pure Python, no C++ extension, because {reason}")
+    return []
+
+
+check_symlink()
+setup(
+    # blip3o_fast/kernels has no __init__.py (it would shadow HuggingFace's `kernels`), so plain
+    # find_packages would miss it.
+    packages=find_namespace_packages(include=["blip3o_fast*"], exclude=["*.__pycache__*"]),
+    ext_modules=extensions(),
+    cmdclass={"build_ext": build_ext},
+)
