@@ -1,0 +1,42 @@
+"""Loads the optional C++ extension once and remembers why it is missing.
+
+`C` is the extension module or None; `ERROR` says why it is None. The hash of the sources that built the extension is
+compared with the source tree where there is one (a checkout, an editable install): a stale binary is not used.
+Imports only the standard library, since setup.py loads this file to stamp the same hash.
+"""
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
+
+
+def source_hash(folder: Path) -> str:
+    """16 hex digits over the names and contents of all native sources below `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _load() -> tuple[Any, str]:
+    try:
+        module = importlib.import_module("blip3o_fast._C")
+    except ImportError as error:
+        return None, f"not available: the C++ extension is not built ({error})"
+    if (SOURCES / "bindings.cpp").is_file():
+        built, tree = module.source_hash, source_hash(SOURCES)
+        if built != tree:
+            return (
+                None,
+                f"not available: the C++ extension is stale (built from {built}, sources are {tree}); reinstall",
+            )
+    return module, ""
+
+
+C: Any
+ERROR: str
+C, ERROR = (None, "") if __name__ != "blip3o_fast._ext" else _load()

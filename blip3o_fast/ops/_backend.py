@@ -1,0 +1,88 @@
+"""Which implementation runs an op: `reference` (PyTorch), `triton`, `cuda` and `cpu` (csrc), or `auto`.
+
+The choice is made once, in the op's public function, travels to the raw op as a string, and is saved for backward.
+"""
+
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+from torch import Tensor
+
+NAMES = ("auto", "reference", "triton", "cuda", "cpu")
+# What `auto` tries on each device before the reference.
+_PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+
+_active = "auto"
+_warned: set[str] = set()
+
+
+class use_backend:
+    """Run every op on one backend: `use_backend("reference")` from here on, `with use_backend("reference"):` inside.
+
+    name: "auto" (the default: the fastest that can run the op on the tensors' device), "reference", "triton", "cuda"
+    or "cpu". A backend asked for by name that cannot run an op raises RuntimeError when the op is called.
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _active
+        if name not in NAMES:
+            raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+        self.previous = _active
+        _active = name
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _active
+        _active = self.previous
+
+
+class Backends:
+    """The backends of one op beside `reference`.
+
+    Each is given as a function of the op's tensors that returns None where the backend can run them, else the reason
+    why it cannot; a reason that starts with "not available" is told once under `auto`, since installing would help.
+    """
+
+    def __init__(self, op: str, **refusals: Callable[..., str | None]) -> None:
+        self.op = op
+        self.refusals = refusals
+
+    def choose(self, x: Tensor, *others: Tensor | None) -> str:
+        """The backend for a call whose activation is x. RuntimeError where the one asked for cannot run it."""
+        if _active == "reference":
+            return "reference"
+        if _active != "auto":
+            reason = self.refusal(_active, x, *others)
+            if reason is not None:
+                raise RuntimeError(f"backend {_active!r} cannot run {self.op}: {reason}")
+            return _active
+        for name in _PREFERRED.get(x.device.type, ()):
+            if name not in self.refusals:
+                continue
+            reason = self.refusals[name](x, *others)
+            if reason is None:
+                return name
+            if reason.startswith("not available") and reason not in _warned:
+                _warned.add(reason)
+                warnings.warn(
+                    f"blip3o_fast runs its PyTorch reference: backend {name!r} is {reason}",
+                    stacklevel=3,
+                )
+        return "reference"
+
+    def refusal(self, name: str, x: Tensor, *others: Tensor | None) -> str | None:
+        if name not in self.refusals:
+            return f"it has no {name} kernel yet (there are: {', '.join(('reference', *self.refusals))})"
+        device = "cpu" if name == "cpu" else "cuda"
+        if x.device.type != device:
+            return f"it needs {device} tensors, got {x.device}"
+        return self.refusals[name](x, *others)

@@ -1,0 +1,80 @@
+"""The torch.library handle that every op registers on, and the rules that all ops share.
+
+An op is a pair of raw, functional torch ops (`<op>_fwd`, `<op>_bwd`) that know nothing of autograd, an
+`autograd.Function` over them, and a public function. This order was chosen by measurement: a Function over
+`Library.define`/`impl` costs about a third of `register_autograd` per differentiable call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("blip3o_fast", "DEF")
+
+# Raw ops arrive with their dtypes decided; autocast must not change them again inside.
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+_DEVICE_KEYS = ("CPU", "CUDA", "MPS")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register one raw op and return it.
+
+    schema: `name(Tensor x, ...) -> ...` with a last argument `str backend`, which the caller has already chosen.
+    implementation: runs on real tensors of any device; fake: allocates outputs of the right shape and dtype.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return implementation(*args)
+
+    for key in _DEVICE_KEYS:
+        LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"blip3o_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.blip3o_fast, name).default
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp32, or fp64 when the tensors are fp64: what arithmetic and reductions run in."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """dtype of an activation that an op returns: autocast's when it is on for x's device, else x's own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Called first in every backward: grad mode is on there only under `create_graph=True`."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(_no_transforms(op, "second derivatives (create_graph=True)"))
+
+
+def refuse_transforms(op: str) -> None:
+    """Called by every public function: torch.func transforms would bypass the hand-written backward."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(_no_transforms(op, "torch.func transforms (vmap, grad, jvp)"))
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(_no_transforms(op, "forward-mode differentiation (jvp)"))
+
+
+def _no_transforms(op: str, what: str) -> str:
+    return (
+        f"blip3o_fast.ops.{op} does not support {what}: its backward is a fused first derivative. "
+        f"Use blip3o_fast.ops.{op}_ref, the same formula in plain PyTorch."
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether an op must go through its autograd.Function."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
