@@ -1,11 +1,12 @@
 """Builds the optional extension blip3o_fast._C; everything declarative is in pyproject.toml.
 
 BLIP3O_FAST_BUILD chooses (see docs/environment.md):
-    auto (default)  the C++ extension where a compiler can build it, pure Python otherwise; one line says which
+    auto (default)  the C++ extension where a compiler can build it, else pure Python; one line says
     cpu             the C++ extension; anything that is missing is an error
     none            pure Python
-A compiler that passes the probe and then fails on our sources is an error in every mode: a silent pure-Python
-install would look like a slow but successful one. torch is never imported here, and nothing is downloaded.
+A compiler that passes the probe and then fails on our sources is an error in every mode: a silent
+pure-Python install would look like a slow but successful one. torch is never imported here, and
+nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "none")
-# The commands that compile; for the others (sdist, metadata) there is nothing to probe or to announce.
+# The commands that compile; the others (sdist, metadata) have nothing to probe or to announce.
 COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 PROBE = """
@@ -40,7 +41,7 @@ def say(line: str) -> None:
 
 
 def check_symlink() -> None:
-    """blip3o_fast/kernels must lead to kernels/ (a checkout without symlinks leaves a text file)."""
+    """blip3o_fast/kernels must lead to kernels/; without symlinks git leaves a text file."""
     link = ROOT / "blip3o_fast" / "kernels"
     if not link.is_dir():
         raise SystemExit(
@@ -58,9 +59,7 @@ def build_mode() -> str:
             "hint: use BLIP3O_FAST_BUILD=auto or cpu; the PyTorch reference runs on the GPU"
         )
     if mode not in MODES:
-        raise SystemExit(
-            f"error: BLIP3O_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}"
-        )
+        raise SystemExit(f"error: BLIP3O_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     return mode
 
 
@@ -68,7 +67,7 @@ def why_no_extension() -> str | None:
     """The reason why this machine cannot build C++17 against Python.h, or None where it can."""
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
-    from setuptools import distutils  # noqa: F401  (makes the vendored distutils importable)
+    # setuptools, imported above, provides distutils also where Python no longer does.
     from distutils import ccompiler, sysconfig
     from distutils.errors import CCompilerError, DistutilsError
 
@@ -104,9 +103,7 @@ def why_no_extension() -> str | None:
 
 def load_ext_module() -> ModuleType:
     """blip3o_fast/_ext.py by path: the build and the import must hash csrc the same way."""
-    spec = importlib.util.spec_from_file_location(
-        "_blip3o_fast_ext", ROOT / "blip3o_fast" / "_ext.py"
-    )
+    spec = importlib.util.spec_from_file_location("_blip3o_fast_ext", ROOT / "blip3o_fast" / "_ext.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -124,12 +121,10 @@ def extension() -> Extension:
         depends=headers,
         include_dirs=["csrc"],
         cxx_std=17,
-        # No -march=native and no -ffast-math: one wheel runs on every CPU and gives the same numbers.
+        # No -march=native and no -ffast-math: one wheel for every CPU, with the same numbers.
         # -fopenmp-simd honours `#pragma omp simd` and links no OpenMP.
         extra_compile_args=["-O3", "-fopenmp-simd", "-fvisibility=hidden"],
-        define_macros=[
-            ("BLIP3O_FAST_SOURCE_HASH", f'"{load_ext_module().source_hash(ROOT / "csrc")}"')
-        ],
+        define_macros=[("BLIP3O_FAST_SOURCE_HASH", f'"{load_ext_module().source_hash(ROOT / "csrc")}"')],
     )
 
 

@@ -12,16 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# public name -> the module that has it; a name that is its own module maps to itself.
+__all__ = [
+    "BLIP3oConfig",
+    "BLIP3oDiT",
+    "__version__",
+    "data",
+    "evaluation",
+    "flow",
+    "models",
+    "ops",
+    "sample",
+    "sampling",
+    "training",
+    "use_backend",
+]
+
+# The public names that are not submodules, and the module that has each.
 _NAMES = {
     "BLIP3oConfig": "blip3o_fast.models.config",
     "BLIP3oDiT": "blip3o_fast.models.nextdit",
     "sample": "blip3o_fast.sampling.sampler",
     "use_backend": "blip3o_fast.ops",
 }
-_MODULES = ("data", "evaluation", "flow", "models", "ops", "sampling", "training")
-
-__all__ = ["__version__", *_NAMES, *_MODULES]
 
 if TYPE_CHECKING:
     from . import data, evaluation, flow, models, ops, sampling, training
@@ -34,7 +46,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         value = getattr(import_module(_NAMES[name]), name)
-    elif name in _MODULES:
+    elif name in __all__:
         value = import_module(f"blip3o_fast.{name}")
     else:
         raise AttributeError(f"module 'blip3o_fast' has no attribute {name!r}")
