@@ -1,0 +1,236 @@
+"""What this machine and this installation can do: `python -m blip3o_fast.env`, made to be pasted into a bug report.
+
+The only file of the package that reads environment variables. It imports nothing but the standard library until a
+report is asked for, so every layer may use `read`.
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+# Every variable that the package reads, and those of others that change what it does. docs/environment.md has the same
+# list with the defaults.
+VARIABLES = {
+    "BLIP3O_FAST_BUILD": "which extension setup.py builds: auto, cpu or none",
+    "BLIP3O_FAST_CACHE": "where fetched packages and encoders are kept",
+    "BLIP3O_FAST_TRACEBACK": "1: the command line shows the whole traceback of an error",
+    "CUDA_VISIBLE_DEVICES": "which GPUs torch sees",
+    "HF_HOME": "where the hub client keeps its files",
+    "HF_HUB_OFFLINE": "1: the hub client never touches the network",
+    "MKL_NUM_THREADS": "threads of the CPU matrix products",
+    "OMP_NUM_THREADS": "threads of torch on the CPU",
+    "TORCH_LOGS": "what torch.compile prints",
+    "TORCHINDUCTOR_CACHE_DIR": "where torch.compile keeps what it built",
+    "TRITON_CACHE_DIR": "where Triton keeps what it built",
+    "TRITON_INTERPRET": "1: Triton kernels run in Python, on CPU tensors",
+    "WANDB_MODE": "offline or disabled",
+    "XDG_CACHE_HOME": "the parent of the default cache folder",
+}
+
+# distribution -> the extra that brings it ("" is the core)
+_LIBRARIES = {
+    "torch": "",
+    "triton": "dev",
+    "numpy": "",
+    "safetensors": "",
+    "huggingface_hub": "",
+    "typer": "",
+    "transformers": "train",
+    "accelerate": "train",
+    "diffusers": "bench",
+    "pillow": "data",
+    "matplotlib": "report",
+    "wandb": "wandb",
+    "xformers": "attention",
+    "flash_attn": "",
+    "pybind11": "dev",
+}
+_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
+
+
+def read(name: str) -> str | None:
+    """The value of an environment variable, None where it is unset or empty. It must be listed in VARIABLES."""
+    assert name in VARIABLES, f"{name} is not documented in env.VARIABLES"
+    return os.environ.get(name) or None
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $BLIP3O_FAST_CACHE, else blip3o_fast in $XDG_CACHE_HOME or ~/.cache. Not created."""
+    given = read("BLIP3O_FAST_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(read("XDG_CACHE_HOME") or "~/.cache").expanduser() / "blip3o_fast"
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(*command: str) -> str | None:
+    """The first line that a program prints, or None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.strip().splitlines()), None)
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit = _first_line("git", "-C", str(root), "rev-parse", "--short", "HEAD")
+    changed = _first_line("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return commit and commit + (" with local changes" if changed else "")
+
+
+def _cpu() -> str:
+    """Model, cores that this process may use, and the vector instructions that matter here."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    have = set(flags[1].split()) if flags else set()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [model[1] if model else platform.processor() or platform.machine(), f"{cores} cores"]
+    return ", ".join(parts + [" ".join(f for f in _CPU_FLAGS if f in have)]).rstrip(", ")
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB"
+
+
+def devices() -> list[str]:
+    """One line per GPU that torch can use, or one line that says why there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        found = []
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, "
+                f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} SMs"
+            )
+        return found
+    if torch.version.cuda is None and torch.version.hip is None:
+        return ["none: this torch is a CPU build"]
+    return [f"none: torch is built for CUDA {torch.version.cuda}, but finds no usable device"]
+
+
+def backends() -> dict[str, str]:
+    """Each backend -> "works ..." or the reason why it does not."""
+    from blip3o_fast import _ext, ops
+    from blip3o_fast.ops._backend import Backends
+
+    native: dict[str, list[str]] = {}
+    for name in sorted(n for n in dir(ops) if hasattr(ops, f"{n}_ref")):
+        module = sys.modules.get(f"blip3o_fast.ops.{name}")
+        for value in vars(module).values() if module else ():
+            if isinstance(value, Backends):
+                for backend in value.refusals:
+                    native.setdefault(backend, []).append(value.op)
+
+    def status(backend: str, broken: str) -> str:
+        if backend not in native:
+            return "no: no op has such a kernel in this version"
+        return f"no: {broken}" if broken else f"works: {', '.join(native[backend])}"
+
+    no_triton = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    return {
+        "reference": "works: every op",
+        "cpu": status("cpu", _ext.ERROR),
+        "triton": status("triton", no_triton),
+        "cuda": status("cuda", _ext.ERROR),
+    }
+
+
+def attention() -> dict[str, str]:
+    """Each attention implementation -> whether it is usable here."""
+    import torch
+
+    kinds = {"math": torch.nn.attention.SDPBackend.MATH, "flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION}
+    q = torch.zeros(1, 1, 64, 64)
+    usable = []
+    for name, kind in kinds.items():
+        try:
+            with torch.nn.attention.sdpa_kernel(kind):
+                torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        except RuntimeError:
+            continue
+        usable.append(name)
+    found = {
+        "reference": "works",
+        "sdpa": f"works in the eager model (on this CPU: {', '.join(usable)}); not a choice of the ops yet",
+    }
+    for distribution in ("flash_attn", "xformers"):
+        version = version_of(distribution)
+        state = f"{version} is installed, but not a choice of the ops yet" if version else "not installed"
+        found[distribution] = f"no: {state}"
+    return found
+
+
+def sections() -> Iterator[tuple[str, dict[str, str]]]:
+    """The report: (title, {label: text}) per section."""
+    from blip3o_fast import __version__
+
+    commit = _commit()
+    yield (
+        "blip3o_fast",
+        {
+            "version": f"{__version__} ({commit})" if commit else __version__,
+            "folder": str(Path(__file__).resolve().parent),
+            "python": f"{platform.python_version()} ({sys.executable})",
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        },
+    )
+    libraries = {}
+    for name, extra in _LIBRARIES.items():
+        missing = f'not installed (pip install "blip3o_fast[{extra}]")' if extra else "not installed"
+        libraries[name] = version_of(name) or missing
+    yield "libraries", libraries
+    yield (
+        "machine",
+        {
+            "cpu": _cpu(),
+            "memory": _memory(),
+            "gpu": "; ".join(devices()),
+            "c++ compiler": _first_line("c++", "--version") or "none found",
+            "nvcc": _first_line("nvcc", "--version") or "none found",
+        },
+    )
+    yield "backends", backends()
+    yield "attention", attention()
+    given = {name: value for name in VARIABLES if (value := read(name))}
+    yield "environment variables that are set", given or {"none": ""}
+
+
+def report() -> str:
+    """The whole report as text. Contains no secrets: only the variables listed in VARIABLES are shown."""
+    lines = []
+    for title, entries in sections():
+        width = max(map(len, entries))
+        lines += [title, *(f"  {label:<{width}}  {text}".rstrip() for label, text in entries.items()), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report(), end="")
