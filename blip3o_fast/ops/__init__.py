@@ -1,6 +1,29 @@
-"""The public ops. Each lives in the file of its name: formula, reference, schemas, autograd, public function."""
+"""The public ops. Each lives in the file of its name: formula, reference, schemas, autograd, public function.
+
+`ops.<op>` is the function, `ops.<op>_ref` its specification in plain PyTorch. The module behind a function has the
+function's name: `importlib.import_module("blip3o_fast.ops.<op>")`.
+"""
 
 from blip3o_fast.ops._backend import use_backend
+from blip3o_fast.ops.gated_residual import gated_residual, gated_residual_ref
+from blip3o_fast.ops.gated_residual_modulate import gated_residual_modulate, gated_residual_modulate_ref
+from blip3o_fast.ops.layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_ref
+from blip3o_fast.ops.merged_linear import merged_linear, merged_linear_ref
 from blip3o_fast.ops.rms_norm_modulate import rms_norm_modulate, rms_norm_modulate_ref
+from blip3o_fast.ops.swiglu import swiglu, swiglu_ref
 
-__all__ = ["rms_norm_modulate", "rms_norm_modulate_ref", "use_backend"]
+__all__ = [
+    "gated_residual",
+    "gated_residual_modulate",
+    "gated_residual_modulate_ref",
+    "gated_residual_ref",
+    "layer_norm_modulate",
+    "layer_norm_modulate_ref",
+    "merged_linear",
+    "merged_linear_ref",
+    "rms_norm_modulate",
+    "rms_norm_modulate_ref",
+    "swiglu",
+    "swiglu_ref",
+    "use_backend",
+]

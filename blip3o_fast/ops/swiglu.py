@@ -1,0 +1,138 @@
+"""SwiGLU on the packed output of one GEMM: the gate of a Lumina feed-forward layer.
+
+    a, b = the two halves of gate_up's last dimension
+    y    = silu(a) * b,    silu(a) = a * s,    s = 1 / (1 + exp(-a))
+
+Source: `LuminaFeedForward` and `FP32SiLU` of diffusers (a = linear_1, b = linear_3); SwiGLU is Shazeer 2020,
+https://arxiv.org/abs/2002.05202.
+
+Backward, from ds/da = s * (1 - s):
+
+    da = dy * b * s * (1 + a * (1 - s))
+    db = dy * a * s
+
+written as the two halves of one gradient, so that the GEMM's backward reads it where it lies. Saved: the input.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_fast.ops import _checks
+from blip3o_fast.ops._backend import Backends
+from blip3o_fast.ops._library import (
+    accumulation_dtype,
+    define,
+    needs_grad,
+    output_dtype,
+    refuse_second_derivative,
+    refuse_transforms,
+)
+
+
+def swiglu_ref(gate_up: Tensor) -> Tensor:
+    """The specification: plain PyTorch, fp32 arithmetic (fp64 for fp64 inputs), one rounding to gate_up's dtype."""
+    a, b = gate_up.to(accumulation_dtype(gate_up)).chunk(2, dim=-1)
+    return (a * torch.sigmoid(a) * b).to(gate_up.dtype)
+
+
+def _check(gate_up: Tensor) -> None:
+    if not isinstance(gate_up, Tensor):
+        raise ValueError(f"gate_up must be a tensor of shape (..., 2F), got {type(gate_up).__name__}")
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"gate_up must have shape (..., 2F) with an even last dimension, got shape {tuple(gate_up.shape)}"
+        )
+    _checks.check_floats(gate_up=gate_up)
+
+
+# ---- reference -----------------------------------------------------------------------------------------------------
+
+
+def _forward_reference(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
+    a, b = gate_up.to(accumulation_dtype(gate_up)).chunk(2, dim=-1)
+    return torch.nn.functional.silu(a).mul_(b).to(dtype)
+
+
+def _backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
+    acc = accumulation_dtype(gate_up)
+    dy = dy.to(acc)
+    a, b = gate_up.to(acc).chunk(2, dim=-1)
+    s = torch.sigmoid(a)
+    dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    da, db = dgate_up.chunk(2, dim=-1)
+    db.copy_((a * s).mul_(dy))
+    da.copy_((1 - s).mul_(a).add_(1).mul_(s).mul_(b).mul_(dy))
+    return dgate_up
+
+
+# ---- raw ops -------------------------------------------------------------------------------------------------------
+
+_FORWARD = {"reference": _forward_reference}
+_BACKWARD = {"reference": _backward_reference}
+BACKENDS = Backends("swiglu")
+
+
+def _forward(gate_up: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return _FORWARD[backend](gate_up, dtype)
+
+
+def _backward(dy: Tensor, gate_up: Tensor, backend: str) -> Tensor:
+    return _BACKWARD[backend](dy, gate_up)
+
+
+def _forward_fake(gate_up: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=dtype)
+
+
+def _backward_fake(dy: Tensor, gate_up: Tensor, backend: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+_swiglu_fwd = define(
+    "swiglu_fwd(Tensor gate_up, ScalarType dtype, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_swiglu_bwd = define(
+    "swiglu_bwd(Tensor dy, Tensor gate_up, str backend) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+
+
+# ---- autograd and the public door ----------------------------------------------------------------------------------
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.backend = backend
+        return _swiglu_fwd(gate_up, dtype, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("swiglu")
+        (gate_up,) = ctx.saved_tensors
+        return _swiglu_bwd(dy, gate_up, ctx.backend), None, None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(a) * b` of the packed `gate_up = [a, b]`.
+
+    Equivalent to `swiglu_ref`, in one pass.
+
+    gate_up: [..., 2F], what `merged_linear(x, [w1, w3])` returns; fp32, bf16, fp16 or fp64. Leading sizes may be 0.
+    Returns [..., F] in autocast's dtype where autocast is on, else in gate_up's dtype.
+    Numerics: fp32 arithmetic, one rounding at the store. Bitwise repeatable.
+    Raises ValueError for a wrong shape or dtype, RuntimeError where the backend asked for cannot run it.
+    """
+    _check(gate_up)
+    refuse_transforms("swiglu")
+    dtype, backend = output_dtype(gate_up), BACKENDS.choose(gate_up)
+    with torch.profiler.record_function("blip3o_fast.swiglu"):
+        if needs_grad(gate_up):
+            return _Swiglu.apply(gate_up, dtype, backend)
+        return _swiglu_fwd(gate_up, dtype, backend)
