@@ -26,7 +26,8 @@ LAYERS = {
     "training": {"sampling", "data", "models", "flow", "ops", "env"},
     "evaluation": {"sampling", "data", "models", "flow", "ops", "env"},
     "demo": {"evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
-    "cli": {"demo", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
+    "cli": {"cli_train", "demo", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
+    "cli_train": {"training", "env"},
     "__main__": {"cli"},
 }
 # `data` knows of the models nothing but how features are normalised.

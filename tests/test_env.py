@@ -1,0 +1,81 @@
+"""The environment report and the one place where variables are read."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip3o_fast import _ext, env
+from blip3o_fast.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_report_names_versions_and_every_backend() -> None:
+    report = env.report()
+    assert torch.__version__ in report
+    for word in ("python", "cpu", "memory", "gpu", "reference", "triton", "cuda", "sdpa", "flash_attn", "xformers"):
+        assert re.search(rf"^  {word} ", report, re.MULTILINE), word
+
+
+def test_the_backend_lines_are_what_the_backends_do() -> None:
+    """`works` means that an op really runs there when it is asked for by name, `no` that it refuses."""
+    from blip3o_fast import ops
+
+    x, weight = torch.randn(2, 3, 16), torch.ones(16)
+    for name, state in env.backends().items():
+        assert state.startswith(("works", "no: ")), state
+        if state.startswith("works") and name in ("reference", "cpu"):
+            with ops.use_backend(name):
+                assert ops.rms_norm_modulate(x, weight).shape == x.shape
+        elif state.startswith("no"):
+            with ops.use_backend(name), pytest.raises(RuntimeError, match="rms_norm_modulate"):
+                ops.rms_norm_modulate(x, weight)
+
+
+def test_a_missing_extension_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ext, "ERROR", "not available: the C++ extension is not built (no such file)")
+    assert env.backends()["cpu"] == "no: not available: the C++ extension is not built (no such file)"
+
+
+def test_both_ways_to_ask_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "blip3o_fast.env"], capture_output=True, text=True, check=True)
+    assert main(["env"]) == 0
+    mine = capsys.readouterr().out
+    without_variables = [t.split("environment variables")[0] for t in (done.stdout, mine)]
+    assert without_variables[0] == without_variables[1]
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_do_not_show")
+    monkeypatch.setenv("WANDB_API_KEY", "wandb_do_not_show")
+    assert "do_not_show" not in env.report()
+
+
+def test_read_takes_documented_names_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert env.read("WANDB_MODE") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert env.read("WANDB_MODE") is None
+    with pytest.raises(AssertionError, match="SOME_NAME"):
+        env.read("SOME_NAME")
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("BLIP3O_FAST_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert env.cache_folder() == tmp_path / "xdg" / "blip3o_fast"
+    monkeypatch.setenv("BLIP3O_FAST_CACHE", str(tmp_path / "own"))
+    assert env.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("BLIP3O_FAST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert env.cache_folder() == Path.home() / ".cache" / "blip3o_fast"
+
+
+def test_every_variable_is_documented() -> None:
+    text = (ROOT / "docs" / "environment.md").read_text()
+    for name in env.VARIABLES:
+        assert f"`{name}`" in text, f"docs/environment.md does not mention {name}"
