@@ -1,0 +1,278 @@
+"""BLIP3oDiT: the BLIP3-o diffusion transformer (a Lumina NextDiT over 64 tokens) as a standard nn.Module."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blip3o_fast.models import checkpoints
+from blip3o_fast.models import forward as fused
+from blip3o_fast.models.config import BLIP3oConfig
+from blip3o_fast.models.initialise import initialise
+from blip3o_fast.models.layout import lay_out
+from blip3o_fast.models.memory import memory_bytes
+from blip3o_fast.models.modules import Head, NextDiTBlock, PatchEmbedder, TimeContextEmbedding, TwoLinear
+from blip3o_fast.models.patches import from_tokens, to_image, to_patches
+from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
+
+
+class BLIP3oDiT(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="blip3o_fast",
+    license="apache-2.0",
+    tags=["flow-matching", "diffusion-transformer", "blip3-o"],
+):
+    """The diffusion transformer: from x_t, a time and a context to the velocity (or noise) at x_t.
+
+    config: a `BLIP3oConfig`, a dict that `BLIP3oConfig.from_dict` reads, or None for the defaults.
+    generator: draws the initial weights (None: torch's global generator); the distributions, and with the same seed
+        the very weights, of stock diffusers.
+
+    Parameters have the names, shapes and order of diffusers' `LuminaNextDiT2DModel` (context_projection=False) or of
+    BLIP3-o's `NextDiTCrossAttn` without its prefix (True). Built under `torch.device("meta")` it has no values:
+    `to_empty(device=...)`, then `reset_parameters()` or `load_state_dict`.
+
+    normalizer: a `FeatureNormalizers` or None; how the features were normalised for training. It belongs to the data,
+    so it is not in the state dict; `save_pretrained` and `from_pretrained` keep it beside the weights.
+    """
+
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("NextDiTBlock",)
+
+    def __init__(
+        self, config: BLIP3oConfig | Mapping[str, Any] | None = None, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if config is None:
+            config = BLIP3oConfig()
+        if isinstance(config, Mapping):
+            config = BLIP3oConfig.from_dict(config)
+        if not isinstance(config, BLIP3oConfig):
+            raise ValueError(f"config must be a BLIP3oConfig or a dict of its fields, got {type(config).__name__}")
+        self.config = config
+        self.normalizer: Any = None
+        self.gradient_checkpointing = False
+        self._checkpoint_kwargs: dict[str, Any] = {}
+
+        if config.context_projection:
+            self.caption_projection = TwoLinear(config.cross_attention_dim, config.hidden_size)
+        else:
+            # Stock has it and never reads it. It is kept for the files' and the optimizers' sake and takes no
+            # gradient, so that DistributedDataParallel does not wait for one.
+            self.pad_token = nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False)
+        self.patch_embedder = PatchEmbedder(config)
+        self.time_caption_embed = TimeContextEmbedding(config)
+        self.layers = nn.ModuleList([NextDiTBlock(config) for _ in range(config.num_layers)])
+        self.norm_out = Head(config)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, as at construction."""
+        initialise(self, generator)
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_mask: Tensor | None = None,
+        *,
+        base_sequence_length: int | None = None,
+        image_rotary_emb: Tensor | None = None,
+    ) -> Tensor:
+        """The network's prediction at x_t, in the form of hidden_states.
+
+        hidden_states: x_t, [B, N, C] (tokens of the default grid, row by row) or [B, C, H, W] (any grid).
+        timestep: [B] or 0-d, what the network is trained on, never scaled here: 1000 * sigma for the "blip3o" time
+            convention, 1 - sigma for "lumina".
+        encoder_hidden_states: the context [B, L, E], L >= 1.
+        encoder_mask: bool [B, L], True = attend; None attends to all. A row that is all False means no context:
+            cross-attention adds zero and the pooled context is zero (stock gives NaN).
+        base_sequence_length: proportional attention: the self-attention's softmax scale is multiplied by
+            sqrt(log T / log base_sequence_length).
+        image_rotary_emb: complex64 [>= H, >= W, d / 2], to replace the rotary table (diffusers'
+            `get_2d_rotary_pos_embed_lumina` with its ntk and linear factors).
+
+        Returns [B, N, out_channels] or [B, out_channels, H, W]. Raises ValueError where a shape or dtype does not fit.
+        """
+        config = self.config
+        image, as_tokens = to_image(hidden_states, config)
+        batch = image.shape[0]
+        self._check_inputs(image, timestep, encoder_hidden_states, encoder_mask)
+        rows, columns = image.shape[2] // config.patch_size, image.shape[3] // config.patch_size
+        if image_rotary_emb is None:
+            rope = kept_rope_table(rows, columns, config.head_dim, image.device)
+        else:
+            rope = rope_from_complex(image_rotary_emb, rows, columns, image.device)
+        if base_sequence_length is not None and base_sequence_length < 2:
+            raise ValueError(f"base_sequence_length must be at least 2, got {base_sequence_length}")
+        mask = None if encoder_mask is None else encoder_mask.bool()
+        grid = fused.Grid(rope, mask, base_sequence_length)
+
+        h = self.patch_embedder.proj(to_patches(image, config.patch_size))
+        context = fused.project_context(self, encoder_hidden_states)
+        y = fused.embed_condition(self, timestep.expand(batch), fused.pool_context(context, encoder_mask))
+        conditioning = nn.functional.silu(y)
+        h = self._run_blocks(h, y, context, grid, conditioning)
+        return from_tokens(fused.head(self, h, conditioning), config, rows, columns, as_tokens=as_tokens)
+
+    def _run_blocks(self, h: Tensor, y: Tensor, context: Tensor, grid: fused.Grid, conditioning: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            for layer in self.layers:
+                h = checkpoint(layer, h, y, context, grid, conditioning, use_reentrant=False, **self._checkpoint_kwargs)
+            return h
+        open_to_carry = [fused.carries(layer, NextDiTBlock) for layer in self.layers]
+        normed = modulation = None
+        for i, layer in enumerate(self.layers):
+            if i + 1 < len(open_to_carry) and open_to_carry[i] and open_to_carry[i + 1]:
+                h, normed, modulation = layer(
+                    h, y, context, grid, conditioning, normed, modulation, following=self.layers[i + 1]
+                )
+            else:
+                h = layer(h, y, context, grid, conditioning, normed, modulation)
+                normed = modulation = None
+        return h
+
+    def _check_inputs(
+        self, image: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, encoder_mask: Tensor | None
+    ) -> None:
+        batch, width = image.shape[0], self.config.cross_attention_dim
+        shape = tuple(encoder_hidden_states.shape)
+        if len(shape) != 3 or shape[0] != batch or shape[1] < 1 or shape[2] != width:
+            raise ValueError(
+                f"encoder_hidden_states must have shape (B, L, E) = ({batch}, L >= 1, {width}), got {shape}"
+            )
+        if timestep.dim() > 1 or (timestep.dim() == 1 and timestep.shape[0] not in (1, batch)):
+            raise ValueError(f"timestep must have shape (B,) = ({batch},) or (), got {tuple(timestep.shape)}")
+        if encoder_mask is not None and tuple(encoder_mask.shape) != shape[:2]:
+            raise ValueError(f"encoder_mask must have shape (B, L) = {shape[:2]}, got {tuple(encoder_mask.shape)}")
+        if torch.is_autocast_enabled(image.device.type):
+            return
+        # Said here because what torch says of two dtypes in a product names neither the argument nor the remedy.
+        dtype = self.patch_embedder.proj.weight.dtype
+        for name, given in (("hidden_states", image), ("encoder_hidden_states", encoder_hidden_states)):
+            if dtype.is_floating_point and dtype.itemsize > 1 and given.dtype != dtype:
+                raise ValueError(
+                    f"{name} must have the weights' dtype {dtype}, got {given.dtype}: convert one of them, or run "
+                    "under torch.autocast"
+                )
+
+    # ---- activation checkpointing, by the names of transformers (old and new) and diffusers ------------------------
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Keep only each block's input in training mode and run the block again in the backward (non-reentrant).
+
+        gradient_checkpointing_kwargs: passed to `torch.utils.checkpoint.checkpoint`.
+        """
+        kwargs = dict(gradient_checkpointing_kwargs or {})
+        if kwargs.pop("use_reentrant", False):
+            raise ValueError("use_reentrant must be False: only non-reentrant checkpointing is supported, got True")
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers must be 1: every block is checkpointed, got {every_n_layers}")
+        if offload:
+            raise ValueError("offload must be False: the kept activations stay on the device")
+        self._checkpoint_kwargs = kwargs
+        self.gradient_checkpointing = True
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The name that transformers 5 calls `gradient_checkpointing_enable` by."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing = False
+        self._checkpoint_kwargs = {}
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+    enable_gradient_checkpointing = gradient_checkpointing_enable
+    disable_gradient_checkpointing = gradient_checkpointing_disable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.gradient_checkpointing
+
+    # ---- size ------------------------------------------------------------------------------------------------------
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters. exclude_embeddings is transformers' argument; there are no token embeddings here."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def memory(self, batch: int, *, training: bool = False, dtype: torch.dtype | str | None = None) -> int:
+        """Bytes that a run with this batch size needs: see `models.memory`. dtype None: that of the weights."""
+        return memory_bytes(self, batch, training=training, dtype=dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedder.proj.weight.device
+
+    # ---- saving and loading ----------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; weights that are assigned are laid side by side again."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        for layer in self.layers:
+            lay_out(layer)
+        return result
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoints.save(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: BLIP3oConfig | Mapping[str, Any] | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        strict: bool = True,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "BLIP3oDiT":
+        """A model in eval mode from a folder or a hub repository that we, diffusers or BLIP3-o wrote.
+
+        config: instead of the folder's config.json (a BLIP3oConfig, a dict or a preset's name); needed for a whole
+            BLIP3-o checkpoint, whose config.json describes its language model.
+        torch_dtype: of the weights; None or "auto" keeps what the file has.
+        strict: False leaves missing weights at their initial values and ignores unexpected ones, with a warning.
+        Raises ValueError with every missing, unexpected and mis-shaped name, grouped; FileNotFoundError where there
+        are no weights. No pickle is executed: a `.bin` is read by `torch.load(weights_only=True)`.
+        """
+        return checkpoints.load(
+            cls,
+            pretrained_model_name_or_path,
+            config=config,
+            torch_dtype=torch_dtype,
+            device=device,
+            strict=strict,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
