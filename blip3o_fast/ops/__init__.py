@@ -5,14 +5,21 @@ function's name: `importlib.import_module("blip3o_fast.ops.<op>")`.
 """
 
 from blip3o_fast.ops._backend import use_backend
+from blip3o_fast.ops.flow_interpolate import flow_interpolate, flow_interpolate_ref
+from blip3o_fast.ops.flow_matching_loss import flow_matching_loss, flow_matching_loss_ref
 from blip3o_fast.ops.gated_residual import gated_residual, gated_residual_ref
 from blip3o_fast.ops.gated_residual_modulate import gated_residual_modulate, gated_residual_modulate_ref
 from blip3o_fast.ops.layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_ref
 from blip3o_fast.ops.merged_linear import merged_linear, merged_linear_ref
+from blip3o_fast.ops.ode_step import ode_step, ode_step_ref
 from blip3o_fast.ops.rms_norm_modulate import rms_norm_modulate, rms_norm_modulate_ref
 from blip3o_fast.ops.swiglu import swiglu, swiglu_ref
 
 __all__ = [
+    "flow_interpolate",
+    "flow_interpolate_ref",
+    "flow_matching_loss",
+    "flow_matching_loss_ref",
     "gated_residual",
     "gated_residual_modulate",
     "gated_residual_modulate_ref",
@@ -21,6 +28,8 @@ __all__ = [
     "layer_norm_modulate_ref",
     "merged_linear",
     "merged_linear_ref",
+    "ode_step",
+    "ode_step_ref",
     "rms_norm_modulate",
     "rms_norm_modulate_ref",
     "swiglu",
