@@ -109,8 +109,8 @@ _BUCKETS = (
 )
 _SHEET = (
     "Held-out pictures. Left the condition (blue), then the picture whose true embedding is nearest to its own, then "
-    "the four pictures whose embeddings are nearest to what the model generated; a green frame is the very picture. Chance "
-    "would show unrelated pictures in every row; green first and kindred pictures after it is good."
+    "the four pictures whose embeddings are nearest to what the model generated; a green frame is the very picture. "
+    "Chance would show unrelated pictures in every row; green first and kindred pictures after it is good."
 )
 
 
@@ -186,8 +186,8 @@ def render(report: Report) -> str:
             "<meta name='viewport' content='width=device-width, initial-scale=1'>",
             f"<title>blip3o_fast demo</title><style>{_STYLE}</style></head><body><main>",
             "<h1>blip3o_fast demo</h1><p>Real pictures became embeddings of two different pretrained networks; a ",
-            "small BLIP3-o diffusion transformer learned to generate one network's embedding from the other's; here is ",
-            "how well it does on pictures that it never saw.</p>",
+            "small BLIP3-o diffusion transformer learned to generate one network's embedding from the other's; here ",
+            "is how well it does on pictures that it never saw.</p>",
             f"<div class='tiles'>{tiles}</div>",
             _figure(report, "sheet", "What the samples mean", _SHEET),
             _figure(report, "loss", "Is the loss normal?", _loss_sentence(report)),
