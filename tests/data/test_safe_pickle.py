@@ -1,0 +1,424 @@
+"""The restricted unpickler: it reads what the original project wrote, and nothing in a pickle ever runs.
+
+Every attack would create a marker file; `test_the_attacks_are_real` shows that they do under `pickle`.
+"""
+
+import collections
+import copyreg
+import io
+import os
+import pathlib
+import pickle
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blip3o_fast.data.safe_pickle import UnsafePickleError, safe_load, safe_loads
+
+
+def dumps_with_core_of_numpy_1(value: object, protocol: int) -> bytes:
+    """numpy before 2.0 wrote `numpy.core`; one byte shorter, so only length-free opcodes may hold it."""
+    data = pickle.dumps(value, protocol)
+    assert protocol == 2, "GLOBAL's names end with a newline; STACK_GLOBAL's carry a length"
+    return data.replace(b"cnumpy._core.", b"cnumpy.core.")
+
+
+# --- what must be readable -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_original_projects_file(tmp_path: pathlib.Path, protocol: int) -> None:
+    rng = np.random.default_rng(0)
+    eva = rng.standard_normal((3, 64, 5), dtype=np.float32)
+    saved = {
+        "eva_blip3o_embeddings": torch.from_numpy(eva),
+        "clip_blip3o_embeddings": eva[..., :3].copy(),
+        "captions": ["a frog", "ein Füßchen 🐸", ""],
+        "keys": np.array(["00", "01", "02"]),
+        "total_samples": np.int64(3),
+        "config": {"dims": (5, 3), "half": True, "none": None, "share": 0.5, "big": 1 << 80, "np": np.float32(1.5)},
+    }
+    path = tmp_path / "grid.pkl"
+    path.write_bytes(pickle.dumps(saved, protocol))
+    read = safe_load(path)
+    assert list(read) == list(saved)
+    assert torch.equal(read["eva_blip3o_embeddings"], saved["eva_blip3o_embeddings"])
+    assert np.array_equal(read["clip_blip3o_embeddings"], eva[..., :3])
+    assert read["captions"] == saved["captions"]
+    assert read["keys"].tolist() == ["00", "01", "02"]
+    assert read["total_samples"] == 3
+    assert read["config"] == {**saved["config"], "np": 1.5}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "dtype", ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", ">f4", ">i2", "U3", ">U2"]
+)
+def test_numpy_dtypes_layouts_and_shapes(dtype: str, protocol: int) -> None:
+    base = np.arange(24).astype(dtype)
+    for array in (
+        base.reshape(2, 3, 4),
+        np.asfortranarray(base.reshape(4, 6)),
+        base[::3],
+        base[:0],
+        base[5:6],
+        base[0],
+    ):
+        read = safe_loads(pickle.dumps(array, protocol))
+        assert np.array_equal(read, array)
+        if array.ndim:
+            assert read.dtype == array.dtype
+        else:
+            assert type(read) is type(array.item())  # numpy scalars become Python's
+
+
+def test_numpy_1_names() -> None:
+    value = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "s": np.float64(0.25)}
+    data = dumps_with_core_of_numpy_1(value, 2)
+    assert b"numpy.core.multiarray" in data and b"numpy._core" not in data
+    read = safe_loads(data)
+    assert np.array_equal(read["a"], value["a"]) and read["s"] == 0.25
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
+)
+def test_tensors(dtype: torch.dtype, protocol: int) -> None:
+    base = torch.arange(24).to(dtype)
+    for tensor in (base.view(2, 3, 4), base.view(4, 6).T, base[5::7], base[:0], base[3]):
+        read = safe_loads(pickle.dumps(tensor, protocol))
+        assert read.dtype == dtype and torch.equal(read, tensor)
+    if dtype.is_floating_point:
+        parameter = safe_loads(pickle.dumps(torch.nn.Parameter(base), protocol))
+        assert torch.equal(parameter, base) and not parameter.requires_grad
+
+
+def test_sharing_is_kept_and_costs_nothing() -> None:
+    value: list = [0]
+    for _ in range(60):  # 2**60 items if each reference were visited
+        value = [value, value]
+    read = safe_loads(pickle.dumps(value))
+    assert read[0] is read[1]
+
+
+def test_errors_name_the_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps(os.getcwd))
+    with pytest.raises(UnsafePickleError, match=r"evil\.pkl: it asks for 'posix.getcwd'; allowed are numpy arrays"):
+        safe_load(path)
+    path.write_bytes(pickle.dumps([1, 2, 3])[:-2])
+    with pytest.raises(ValueError, match=r"evil\.pkl: not a whole pickle"):
+        safe_load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a whole pickle"):
+        safe_load(path)
+    path.write_bytes(b"PK\x03\x04 this is a zip")
+    with pytest.raises(ValueError, match=r"evil\.pkl"):
+        safe_load(path)
+
+
+# --- what must never run ---------------------------------------------------------------------------
+
+
+class Call:
+    """Pickles as a call of anything."""
+
+    def __init__(self, function, *arguments, state=None) -> None:
+        self.parts = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.parts
+
+
+def short(text: str) -> bytes:
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+def stack_global(module: str, name: str) -> bytes:
+    return short(module) + short(name) + b"\x93"
+
+
+def program(*parts: bytes) -> bytes:
+    return b"\x80\x04" + b"".join(parts) + b"."
+
+
+def legacy_storage_with(payload: bytes) -> bytes:
+    """torch's legacy format, its third pickle (the storage) replaced by a program."""
+    whole = torch.ones(2)._typed_storage().__reduce__()[1][0]
+    start = io.BytesIO(whole)
+    for _ in range(3):
+        pickle.load(start)
+    return whole[: start.tell()] + payload
+
+
+def attacks(marker: str) -> dict[str, bytes]:
+    touch = f"open({marker!r}, 'w').close()"
+    shell = f"touch {marker}"
+    system = pickle.dumps(Call(os.system, shell), 2)
+    evil_object = np.empty(1, dtype=object)
+    evil_object[0] = Call(exec, touch)
+    found: dict[str, bytes] = {}
+    for protocol in range(6):
+        found[f"os.system, protocol {protocol}"] = pickle.dumps(Call(os.system, shell), protocol)
+        found[f"eval, protocol {protocol}"] = pickle.dumps({"captions": [Call(eval, touch)]}, protocol)
+        found[f"object array, protocol {protocol}"] = pickle.dumps({"eva": evil_object}, protocol)
+    load_from_bytes = torch.storage._load_from_bytes
+    zipped = io.BytesIO()
+    torch.save(Call(os.system, shell), zipped)
+    old = io.BytesIO()
+    torch.save(Call(os.system, shell), old, _use_new_zipfile_serialization=False)
+    found["nested torch.save, zip"] = pickle.dumps(Call(load_from_bytes, zipped.getvalue()))
+    found["nested torch.save, legacy"] = pickle.dumps(Call(load_from_bytes, old.getvalue()))
+    magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
+    found["nested, after the magic number"] = pickle.dumps(Call(load_from_bytes, magic + system))
+    found["nested, as the protocol version"] = pickle.dumps(
+        Call(load_from_bytes, magic + pickle.dumps(1001, 2) + system)
+    )
+    found["nested, as the storage"] = pickle.dumps(Call(load_from_bytes, legacy_storage_with(system)))
+    found["inside a tensor"] = pickle.dumps(
+        Call(torch._utils._rebuild_tensor_v2, Call(load_from_bytes, old.getvalue()), 0, (2,), (1,), False, {})
+    )
+    found["in a tensor's hooks"] = pickle.dumps(
+        Call(torch._utils._rebuild_tensor_v2, torch.ones(2)._typed_storage(), 0, (2,), (1,), False, Call(exec, touch))
+    )
+    found["pickle.loads"] = pickle.dumps(Call(pickle.loads, system))
+    found["memo, then getattr"] = program(
+        stack_global("builtins", "getattr"), b"\x940", short("marker"), b"0", b"h\x00",
+        stack_global("os", "path"), short("os"), b"\x86R\x94",
+        b"0h\x00h\x01", short("system"), b"\x86R", short(shell), b"\x85R",
+    )  # fmt: skip
+    found["INST"] = b"(S" + repr(shell).encode() + b"\nios\nsystem\n."
+    found["OBJ"] = b"(cos\nsystem\nS" + repr(shell).encode() + b"\no."
+    found["OrderedDict of a call"] = pickle.dumps(collections.OrderedDict(a=Call(exec, touch)))
+    # numpy's array accepts any state: an object dtype there makes its data a list of live objects
+    found["object dtype in an array's state"] = program(
+        stack_global("numpy._core.multiarray", "_reconstruct"), stack_global("numpy", "ndarray"),
+        b"K\x00\x85", b"C\x01b", b"\x87R",
+        b"(K\x01K\x01\x85", stack_global("numpy", "dtype"), short("O8"), b"\x89\x88\x87R",
+        b"(K\x03", short("|"), b"NNN", b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb",
+        b"\x89]", stack_global("builtins", "exec"), short(touch), b"\x85Ratb",
+    )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(attacks("x")))
+def test_attacks_are_refused_and_leave_no_marker(tmp_path: pathlib.Path, name: str) -> None:
+    marker = tmp_path / "marker"
+    with pytest.raises(UnsafePickleError):
+        safe_loads(attacks(str(marker))[name])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", sorted(attacks("x")))
+def test_the_attacks_are_real(tmp_path: pathlib.Path, name: str) -> None:
+    marker = tmp_path / "marker"
+    try:
+        pickle.loads(attacks(str(marker))[name])
+    except Exception as error:  # some attacks fail after they have run
+        assert marker.exists() or "weights_only" in str(error), (name, error)
+    if not marker.exists():  # torch's own storage loader is itself unrestricted or restricted, by version
+        assert "nested" in name or "inside a tensor" in name
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"), ("posix", "system"), ("builtins", "eval"), ("builtins", "getattr"),
+        ("builtins", "__import__"), ("subprocess", "Popen"), ("importlib", "import_module"),
+        ("operator", "attrgetter"), ("functools", "partial"), ("pickle", "loads"), ("torch", "load"),
+        ("torch", "Tensor"), ("torch.serialization", "load"), ("numpy", "load"), ("numpy", "dtype.__reduce__"),
+        ("numpy", "ndarray.tofile"), ("numpy", "memmap"), ("numpy", "matrix"), ("torch.storage", "UntypedStorage"),
+        ("torch._utils", "_rebuild_wrapper_subclass"), ("torch._tensor", "_rebuild_from_type_v2"),
+        ("collections", "defaultdict"), ("copyreg", "_reconstructor"), ("builtins", "bytearray"),
+        ("types", "FunctionType"), ("blip3o_fast.data.safe_pickle", "safe_loads"),
+        ("blip3o_fast.data.pickle_doors", "Door"), ("numpy", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_globals_are_refused_by_name_before_anything_else(module: str, name: str) -> None:
+    wanted = f"it asks for '{module}.{name}'"
+    for data in (program(stack_global(module, name)), b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"."):
+        with pytest.raises(UnsafePickleError) as caught:
+            safe_loads(data)
+        assert wanted in str(caught.value)
+
+
+def test_no_module_is_imported_for_a_pickle() -> None:
+    assert "antigravity" not in sys.modules and "this" not in sys.modules
+    for module in ("this", "antigravity"):
+        with pytest.raises(UnsafePickleError, match=f"'{module}.d'"):
+            safe_loads(program(stack_global(module, "d")))
+        assert module not in sys.modules
+
+
+def refused(data: bytes, match: str) -> None:
+    with pytest.raises(UnsafePickleError, match=match):
+        safe_loads(data)
+
+
+DTYPE = stack_global("numpy", "dtype")
+F4 = DTYPE + short("f4") + b"\x89\x88\x87R"
+ARRAY = (
+    stack_global("numpy._core.multiarray", "_reconstruct") + stack_global("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+)
+FROMBUFFER = stack_global("numpy._core.numeric", "_frombuffer")
+
+
+def test_opcodes_that_make_or_fetch_objects_are_refused() -> None:
+    refused(program(DTYPE, b")\x81"), "opcode NEWOBJ")
+    refused(program(DTYPE, b")}\x92"), "opcode NEWOBJ_EX")
+    refused(b"(inumpy\ndtype\n.", "opcode INST")
+    refused(program(b"(", DTYPE, b"o"), "opcode OBJ")
+    refused(program(b"\x97"), "opcode NEXT_BUFFER")
+    refused(program(b"K\x01Q"), "opcode BINPERSID")
+    refused(program(b"Pname\n"), "opcode PERSID")
+    refused(program(b"\x8f"), "opcode EMPTY_SET")
+    refused(program(b"\xf0"), "opcode 0xf0")
+    copyreg.add_extension("os", "system", 77)
+    try:
+        refused(program(b"\x82" + bytes([77])), "opcode EXT1")
+    finally:
+        copyreg.remove_extension("os", "system", 77)
+
+
+def test_only_doors_are_called_and_only_with_what_fits() -> None:
+    refused(program(short("abc"), b")R"), "it calls a str")
+    refused(program(b"})R"), "it calls a dict")
+    refused(program(stack_global("numpy", "ndarray"), b")R"), "it calls a 'numpy.ndarray'")
+    refused(program(ARRAY, b")R"), "it calls a ArrayStub")
+    refused(program(DTYPE, b")R"), "'numpy.dtype' with arguments that do not fit")
+    refused(program(DTYPE, b"]R"), "it calls a 'numpy.dtype'")
+    encode = stack_global("_codecs", "encode")
+    for encoding in ("rot13", "utf-7", "idna", "unicode_escape"):
+        refused(program(encode, short("a"), short(encoding), b"\x86R"), "latin1")
+    refused(program(stack_global("builtins", "bytes"), b"J\xff\xff\xff\x7f\x85R"), "bytes")
+    refused(program(stack_global("collections", "OrderedDict"), b"]\x85R"), "OrderedDict")
+    assert safe_loads(program(encode, short("abc"), short("latin1"), b"\x86R0N")) is None
+
+
+def test_nothing_but_a_stand_in_gets_a_state() -> None:
+    poison = b"}" + short("run") + DTYPE + b"s"
+    refused(program(DTYPE, poison, b"b"), "sets the state of a 'numpy.dtype'")
+    refused(program(DTYPE, b"N", poison, b"\x86b"), "sets the state of a 'numpy.dtype'")
+    refused(program(b"]", poison, b"b"), "sets the state of a list")
+    tensor = pickle.dumps(torch.ones(2), 4)[:-1]
+    refused(tensor + poison + b"b.", "sets the state of a TensorStub")
+    # APPEND and SETITEM call methods of what is on the stack; a stand-in has none
+    for opcode in (b"K\x01a", b"(K\x01e", b"K\x00K\x01s", b"(K\x00K\x01u"):
+        with pytest.raises(ValueError, match="not a whole pickle"):
+            safe_loads(program(ARRAY, opcode))
+        with pytest.raises(ValueError, match="not a whole pickle"):
+            safe_loads(tensor + opcode + b".")
+
+
+def test_array_states() -> None:
+    state = b"(K\x03" + short("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    good = program(ARRAY, b"(K\x01K\x02\x85", F4, state, b"\x89C\x08" + bytes(8), b"tb")
+    assert np.array_equal(safe_loads(good), np.zeros(2, np.float32))
+    for code in ("O", "O8", "object", "V4", "c8", "M8", "m8", "f16", "i4,O", "|O8", "float32", "", "U99999999"):
+        refused(program(DTYPE, short(code), b"\x89\x88\x87R"), "numpy dtype")
+    fields = b"(K\x03" + short("|") + b"N(" + short("a") + b"t}K\x08K\x01K\x00tb"
+    refused(program(DTYPE, short("f4"), b"\x89\x88\x87R", fields), "fields or a subarray")
+    refused(program(F4, b"(K\x03", short("O"), b"NNNtb"), "numpy dtype with the state")
+    refused(program(F4, b"Nb"), "numpy dtype with the state")
+    refused(program(ARRAY, b"(K\x01K\x02\x85", F4, b"\x89]tb"), "made of a list instead of bytes")
+    refused(program(ARRAY, b"(K\x01K\x02\x85", short("O8"), b"\x89C\x08" + bytes(8), b"tb"), "of dtype str")
+    refused(program(ARRAY, b"(K\x01K\x02\x85", DTYPE, b"\x89C\x08" + bytes(8), b"tb"), "of dtype 'numpy.dtype'")
+    refused(program(ARRAY, b"(K\x01K\x03\x85", F4, b"\x89C\x08" + bytes(8), b"tb"), "over 8 bytes")
+    refused(program(ARRAY, b"(K\x01J\xff\xff\xff\xff\x85", F4, b"\x89C\x08" + bytes(8), b"tb"), "over 8 bytes")
+    refused(program(ARRAY, b"Nb"), "unknown kind of state")
+    refused(program(ARRAY), "it holds a ArrayStub")
+    refused(program(FROMBUFFER, b"(C\x04" + bytes(4), F4, b"K\x01\x85", short("Z"), b"tR"), "in the order 'Z'")
+    refused(program(FROMBUFFER, b"(K\x04", F4, b"K\x01\x85", short("C"), b"tR"), "made of a int")
+    reconstruct = stack_global("numpy._core.multiarray", "_reconstruct")
+    refused(program(reconstruct, b"]K\x00\x85C\x01b\x87R"), "array of the class list")
+    refused(program(reconstruct, DTYPE, b"K\x00\x85C\x01b\x87R"), "array of the class 'numpy.dtype'")
+
+
+def test_tensors_stay_inside_their_storage() -> None:
+    storage = torch.arange(6.0)._typed_storage()
+
+    def tensor(offset, size, stride) -> bytes:
+        return pickle.dumps(Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {}))
+
+    assert torch.equal(safe_loads(tensor(1, (2, 2), (3, 1))), torch.tensor([[1.0, 2.0], [4.0, 5.0]]))
+    refused(tensor(0, (7,), (1,)), "over 6 elements")
+    refused(tensor(5, (2,), (1,)), "reaches element 6 of 6")
+    refused(tensor(0, (2,), (6,)), "reaches element 6 of 6")
+    refused(tensor(-1, (2,), (1,)), "over 6 elements")
+    refused(tensor(3, (2,), (-1,)), "over 6 elements")
+    refused(tensor(0, (1 << 40,), (0,)), "over 6 elements")
+    refused(tensor(0, (2,), (1, 1)), "over 6 elements")
+    refused(tensor(0.0, (2,), (1,)), "over 6 elements")
+    refused(pickle.dumps(Call(torch._utils._rebuild_tensor_v2, b"abc", 0, (2,), (1,), False, {})), "over a bytes")
+    refused(pickle.dumps(Call(torch._utils._rebuild_parameter, [1], False, {})), "parameter over a list")
+    refused(pickle.dumps(storage), "it holds a TensorStub")
+    held = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, held, _use_new_zipfile_serialization=False)
+    refused(pickle.dumps(Call(torch.storage._load_from_bytes, held.getvalue())), "torch storage that holds a dict")
+    refused(pickle.dumps(Call(torch.storage._load_from_bytes, b"junk")), "not in torch's own format")
+
+
+def test_other_values_are_refused_by_name() -> None:
+    refused(pickle.dumps({"a": b"bytes"}), "it holds a bytes")
+    refused(pickle.dumps({(1, 2): 3}), "dict key of the type tuple")
+    refused(pickle.dumps({"a": {1, 2}}, 2), "set")
+    refused(pickle.dumps(1j), "'builtins.complex'")
+    refused(pickle.dumps(np.ones(2, np.complex64)), "numpy dtype 'c8'")
+    refused(pickle.dumps(np.datetime64("2020-01-01")), "numpy dtype 'M8'")
+    refused(pickle.dumps(np.zeros(1, [("a", "f4")])), "numpy dtype 'V4'")
+    refused(pickle.dumps(pathlib.PurePosixPath("a")), "pathlib")
+    refused(program(DTYPE), "it holds a 'numpy.dtype'")
+    cyclic: list = []
+    cyclic.append(cyclic)
+    refused(pickle.dumps(cyclic), "list contains itself")
+    refused(program(b"]" * 500, b"a" * 499), "nests deeper than 100")
+
+
+@pytest.mark.parametrize("opcode", [b"\x8e", b"\x8d", b"\x96", b"\x95"])
+def test_announced_lengths_do_not_allocate(opcode: bytes) -> None:
+    for length in (1 << 20, 1 << 40, (1 << 64) - 1):
+        with pytest.raises(ValueError, match="announced|maxsize|maximum"):
+            safe_loads(b"\x80\x05" + opcode + struct.pack("<Q", length) + b"abc.")
+    with pytest.raises(ValueError, match="not a whole pickle"):
+        safe_loads(b"\x80\x04Nr\xff\xff\xff\x7f0j\xff\xff\xff\x7e.")  # a memo index must not size a table
+
+
+def test_environment_cannot_lift_the_restriction(tmp_path: pathlib.Path) -> None:
+    marker = tmp_path / "marker"
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(attacks(str(marker))["nested, as the storage"])
+    code = f"from blip3o_fast.data.safe_pickle import safe_load; safe_load({str(path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0 and "UnsafePickleError" in done.stderr
+    assert not marker.exists()
+
+
+SOUND = [
+    pickle.dumps({"a": np.arange(4.0), "t": torch.arange(3.0), "k": ["x", 1, 2.5, None]}, protocol)
+    for protocol in (2, 3, 4, 5)
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SOUND), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_bent_pickles_give_data_or_a_value_error(data: bytes, changes: list[tuple[int, int]]) -> None:
+    bent = bytearray(data)
+    for position, byte in changes:
+        bent[position % len(bent)] = byte
+    try:
+        safe_loads(bytes(bent))
+    except ValueError:
+        pass
