@@ -11,7 +11,8 @@ https://arxiv.org/abs/1910.07467.
 
 h is rounded before its norm because backward reads h from memory: statistics and gradient belong to the same numbers.
 
-Backward, with hhat = h * rstd_h, q = dn * next_weight * (1 + next_scale), r = sum over the sample's tokens of dn * hhat:
+Backward, with hhat = h * rstd_h, q = dn * next_weight * (1 + next_scale) and r = sum over the sample's tokens of
+dn * hhat:
 
     e            = dh + rstd_h * (q - hhat * mean(q * hhat))     the whole gradient of h, kept in fp32
     dnext_scale  = r * next_weight                               [B, D]

@@ -49,13 +49,13 @@ def adjacent(tensors: Sequence[Tensor]) -> bool:
     first.
     """
     first = tensors[0]
-    expected = first.storage_offset()
+    storage, expected = first.untyped_storage()._cdata, first.storage_offset()
     for tensor in tensors:
         if (
             tensor.dtype != first.dtype
             or tensor.storage_offset() != expected
             or not tensor.is_contiguous()
-            or not torch._C._is_alias_of(tensor, first)
+            or tensor.untyped_storage()._cdata != storage
         ):
             return False
         expected += tensor.numel()

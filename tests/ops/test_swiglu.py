@@ -1,0 +1,155 @@
+"""swiglu against diffusers' FP32SiLU and LuminaFeedForward, torch's silu in fp64, and the numerics contract."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from diffusers.models.activations import FP32SiLU
+from diffusers.models.attention import LuminaFeedForward
+from torch import Tensor
+
+from blip3o_fast.ops import swiglu, swiglu_ref, use_backend
+from blip3o_fast.testing import (
+    assert_compiles_once,
+    assert_contract,
+    assert_needed_gradients,
+    assert_op_contract,
+    assert_same,
+    assert_transforms_refused,
+    with_gradients,
+)
+
+OP = importlib.import_module("blip3o_fast.ops.swiglu")  # the module: the package's name is the function
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(2, 64, 256), (3, 5, 514), (1, 1, 2), (7, 66), (2, 3, 4, 10), (0, 64, 32), (2, 0, 8), (10,)]
+
+
+def halved(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], shape[-1] // 2)
+
+
+def eager(gate_up: Tensor) -> Tensor:
+    a, b = gate_up.chunk(2, dim=-1)
+    return FP32SiLU()(a) * b
+
+
+def test_reference_is_silu_times_up():
+    gate_up = torch.randn(3, 5, 24, dtype=torch.float64)
+    a, b = gate_up[..., :12], gate_up[..., 12:]
+    expected = torch.nn.functional.silu(a) * b
+    torch.testing.assert_close(swiglu_ref(gate_up), expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(swiglu(gate_up), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_is_the_middle_of_diffusers_feed_forward():
+    feed_forward = LuminaFeedForward(dim=24, inner_dim=40, multiple_of=8)
+    x = torch.randn(2, 5, 24)
+    packed = torch.cat([feed_forward.linear_1(x), feed_forward.linear_3(x)], dim=-1)
+    torch.testing.assert_close(feed_forward.linear_2(swiglu(packed)), feed_forward(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contract(backend, shape, dtype):
+    with use_backend(backend):
+        assert_op_contract(
+            swiglu, eager, swiglu_ref, {"gate_up": 3 * torch.randn(shape).to(dtype)}, torch.randn(halved(shape))
+        )
+
+
+def test_gradcheck():
+    assert torch.autograd.gradcheck(swiglu, (3 * torch.randn(2, 3, 10, dtype=torch.float64)).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(backend, dtype):
+    """Column slices, every other row, transposed and expanded upstream gradients: read where they lie."""
+    wide = torch.randn(2, 6, 100).to(dtype)
+    for gate_up in (
+        wide[:, ::2, 4:52],
+        wide[..., ::2][:, :3, :48],
+        wide.transpose(1, 2)[:, :3],
+        wide[:1].expand(2, 6, 100),
+    ):
+        shape = halved(tuple(gate_up.shape))
+        for dy in (torch.randn(shape[0], shape[2], shape[1]).transpose(1, 2), torch.randn(1, 1, 1).expand(shape)):
+            with use_backend(backend):
+                assert_op_contract(swiglu, eager, swiglu_ref, {"gate_up": gate_up}, dy)
+
+
+def test_deterministic(backend):
+    inputs, dy = {"gate_up": torch.randn(3, 64, 96)}, torch.randn(3, 64, 48)
+    with use_backend(backend):
+        assert_same(with_gradients(swiglu, inputs, dy), with_gradients(swiglu, inputs, dy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(backend, dtype):
+    gate_up = torch.randn(2, 3, 16)
+    torch.library.opcheck(OP._swiglu_fwd, (gate_up, dtype, backend))
+    torch.library.opcheck(OP._swiglu_bwd, (torch.randn(2, 3, 8).to(dtype), gate_up, backend))
+
+
+def test_compile_does_not_recompile_per_batch(backend):
+    with use_backend(backend):
+        assert_compiles_once(swiglu, lambda batch: ({"gate_up": torch.randn(batch, 4, 16)}, [torch.randn(batch, 4, 8)]))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_returns_its_dtype(dtype, given):
+    inputs = {"gate_up": torch.randn(2, 8, 64).to(given)}
+    with torch.autocast("cpu", dtype):
+        assert_op_contract(swiglu, eager, swiglu_ref, inputs, torch.randn(2, 8, 32), dtypes=[dtype])
+    assert swiglu(inputs["gate_up"].double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extremes_stay_finite(backend, dtype):
+    """sigmoid saturates in both directions; nothing becomes 0 * inf."""
+    a = torch.tensor([-6e4, -1e3, -90.0, -20.0, -0.0, 20.0, 90.0, 1e3, 6e4])
+    inputs = {"gate_up": torch.cat([a, torch.ones_like(a)]).to(dtype)}
+    with use_backend(backend):
+        results = with_gradients(swiglu, inputs, torch.ones_like(a))
+    gold = with_gradients(swiglu_ref, {"gate_up": inputs["gate_up"].double()}, torch.ones_like(a))
+    for name, value in results.items():
+        assert value.isfinite().all(), name
+        assert_contract(value, gold[name].to(dtype), gold[name], name)
+
+
+def test_nan_is_not_hidden(backend):
+    gate_up = torch.randn(1, 2, 8)
+    gate_up[0, 1, 2] = float("nan")
+    with use_backend(backend):
+        y = swiglu(gate_up)
+    assert y[0, 1, 2].isnan() and y.isnan().sum() == 1
+
+
+def test_gradient_only_where_needed():
+    assert_needed_gradients(swiglu, {"gate_up": torch.randn(2, 3, 8)}, torch.randn(2, 3, 4))
+    with torch.no_grad():
+        assert not swiglu(torch.randn(2, 8, requires_grad=True)).requires_grad
+
+
+def test_names_what_cannot_run():
+    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run swiglu"):
+        swiglu(torch.randn(2, 8))
+
+
+def test_second_derivatives_and_transforms_are_refused():
+    assert_transforms_refused(swiglu, {"gate_up": torch.randn(1, 2, 8)})
+
+
+BAD = [
+    ([1.0, 2.0], "gate_up must be a tensor of shape (..., 2F), got list"),
+    (torch.tensor(1.0), "gate_up must have shape (..., 2F) with an even last dimension, got shape ()"),
+    (torch.zeros(2, 7), "gate_up must have shape (..., 2F) with an even last dimension, got shape (2, 7)"),
+    (torch.zeros(2, 8).long(), "gate_up must be float32, bfloat16, float16 or float64, got torch.int64"),
+]
+
+
+@pytest.mark.parametrize(("gate_up", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(gate_up, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        swiglu(gate_up)
