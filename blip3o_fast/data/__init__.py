@@ -6,7 +6,7 @@ Names are imported when first used, so that importing the package costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["EmbeddingDataset", "UnsafePickleError", "collate", "extract", "load_encoder", "safe_load"]
+__all__ = ["EmbeddingDataset", "UnsafePickleError", "collate", "load_encoder", "safe_load"]
 
 _MODULES = {
     "EmbeddingDataset": "dataset",
@@ -17,7 +17,6 @@ _MODULES = {
 }
 
 if TYPE_CHECKING:
-    from . import extract
     from .dataset import EmbeddingDataset, collate
     from .encoders import load_encoder
     from .pickle_doors import UnsafePickleError
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "extract":  # the module: its function has the same name
-        return import_module("blip3o_fast.data.extract")
     if name not in _MODULES:
         raise AttributeError(f"module 'blip3o_fast.data' has no attribute {name!r}")
     value = getattr(import_module(f"blip3o_fast.data.{_MODULES[name]}"), name)

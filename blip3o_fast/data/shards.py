@@ -1,0 +1,287 @@
+"""Features on disk: a folder of safetensors shards, one line of text per picture, one description.
+
+::
+
+    meta.json                 what the features are: encoders, revision, tower, preprocessing, pooling
+    index.jsonl               one picture per line: key, caption, shard, row, source
+    shard_00000.safetensors   condition [n, T, E] and target [n, T, C], float32, float16 or bfloat16
+    shard_00001.safetensors   ...
+
+Every file is written beside its place and renamed, so a file that exists is whole. A shard counts from
+the moment the index lists it: the index is rewritten after its shard, so an interruption between the two
+leaves a shard that nobody reads and that the next run overwrites.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+META, INDEX = "meta.json", "index.jsonl"
+_SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """How one side's features were made; two folders mix only if these are equal."""
+
+    name: str
+    dim: int
+    revision: str = ""
+    tower: str = ""
+    preprocessing: str = ""
+    pooling: str = ""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The content of meta.json."""
+
+    condition: EncoderInfo
+    target: EncoderInfo
+    tokens: int = 64
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> Meta:
+        if not isinstance(data, dict):
+            raise ValueError(f"{where}: found a {type(data).__name__}; a JSON object is needed")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{where}: format_version {version!r}; this version reads {FORMAT_VERSION}")
+        tokens = data.get("tokens")
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"{where}: tokens is {tokens!r}; a whole number >= 1 is needed")
+        sides = [_encoder_info(where, side, data.get(side)) for side in ("condition", "target")]
+        return cls(sides[0], sides[1], tokens)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the index: a picture's key and caption, where its features lie, where it came from."""
+
+    key: str
+    caption: str
+    shard: str
+    row: int
+    source: str
+
+
+def shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file beside its place, then rename it there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Adds shards to a folder, which it makes or continues.
+
+    Raises ``ValueError`` where the folder already holds features of other encoders: mixing them would
+    go unnoticed until the samples are bad.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], meta: Meta) -> None:
+        self.folder, self.meta = Path(folder), meta
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / META).exists():
+            found = read_meta(self.folder)
+            if found != meta:
+                raise ValueError(
+                    f"{self.folder}: holds features of {_describe(found)}; asked for {_describe(meta)}; "
+                    "choose another output folder or delete this one"
+                )
+        else:
+            write_text(self.folder / META, json.dumps(asdict(meta), indent=2) + "\n")
+        self.rows: dict[str, list[Row]] = {}
+        for row in read_index(self.folder) if (self.folder / INDEX).exists() else []:
+            self.rows.setdefault(row.shard, []).append(row)
+
+    def header(self, name: str) -> dict[str, str] | None:
+        """The ``extra`` given to `write` for a shard that is whole, else None (write it again)."""
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.rows:
+            return None
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                count = file.get_slice("condition").get_shape()[0]
+                header = dict(file.metadata() or {})
+        except (SafetensorError, OSError):
+            return None
+        return header if count == len(self.rows[name]) else None
+
+    def write(
+        self,
+        number: int,
+        condition: Tensor,
+        target: Tensor,
+        keys: Sequence[str],
+        captions: Sequence[str],
+        source: str,
+        extra: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write shard ``number`` (condition ``[n, T, E]``, target ``[n, T, C]``), then list it in the index."""
+        from safetensors.torch import save_file
+
+        name = shard_name(number)
+        path = self.folder / name
+        _check_tensor(str(path), "condition", condition, self.meta.tokens, self.meta.condition.dim)
+        _check_tensor(str(path), "target", target, self.meta.tokens, self.meta.target.dim)
+        if not len(condition) == len(target) == len(keys) == len(captions):
+            counts = (len(condition), len(target), len(keys), len(captions))
+            raise ValueError(f"{path}: {counts} conditions, targets, keys and captions; they must be as many")
+        if target.untyped_storage().data_ptr() == condition.untyped_storage().data_ptr():
+            target = target.clone()  # one encoder on both sides: safetensors refuses shared memory
+        tensors = {"condition": condition.contiguous(), "target": target.contiguous()}
+        beside = path.with_name(f".{name}.{os.getpid()}")
+        try:
+            save_file(tensors, beside, metadata={"format_version": str(FORMAT_VERSION), **(extra or {})})
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+        self.rows[name] = [Row(k, c, name, i, source) for i, (k, c) in enumerate(zip(keys, captions, strict=True))]
+        self.write_index()
+        return path
+
+    def write_index(self) -> None:
+        lines = [json.dumps(asdict(row), ensure_ascii=False) for name in sorted(self.rows) for row in self.rows[name]]
+        write_text(self.folder / INDEX, "".join(line + "\n" for line in lines))
+
+
+def read_meta(folder: str | os.PathLike[str]) -> Meta:
+    """meta.json of a folder, checked field by field."""
+    path = Path(folder) / META
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a folder of features has {META}, {INDEX} and shards")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    return Meta.from_dict(data, str(path))
+
+
+def read_index(folder: str | os.PathLike[str]) -> list[Row]:
+    """index.jsonl of a folder, each line checked, in the order of the file."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a folder of features has {META}, {INDEX} and shards")
+    wanted = {"key": str, "caption": str, "shard": str, "row": int, "source": str}
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                data = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(data, dict) or {k: type(v) for k, v in data.items()} != wanted:
+                raise ValueError(f"{path}, line {number}: found {line.strip()[:120]}; needed are {', '.join(wanted)}")
+            if not _SHARD.fullmatch(data["shard"]):  # a path here would read any file of the machine
+                raise ValueError(f"{path}, line {number}: shard {data['shard']!r}; shard_00000.safetensors is allowed")
+            rows.append(Row(**data))
+    return rows
+
+
+@dataclass(frozen=True)
+class Features:
+    """All of a folder, in the index's order: float32 on the CPU."""
+
+    condition: Tensor
+    target: Tensor
+    keys: list[str]
+    captions: list[str]
+    meta: Meta
+
+
+def read_shards(folder: str | os.PathLike[str]) -> Features:
+    """Read and check a whole folder: names, shapes, dtypes and finite values of every shard.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` naming the file, what was found and what is allowed.
+    """
+    folder = Path(folder)
+    meta, rows = read_meta(folder), read_index(folder)
+    if not rows:
+        raise ValueError(f"{folder / INDEX}: lists no picture; extraction has not finished a shard yet")
+    by_shard: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        by_shard.setdefault(row.shard, []).append(position)
+    condition = torch.empty(len(rows), meta.tokens, meta.condition.dim)
+    target = torch.empty(len(rows), meta.tokens, meta.target.dim)
+    for name, positions in by_shard.items():
+        numbers = [rows[p].row for p in positions]
+        if sorted(numbers) != list(range(len(numbers))):
+            raise ValueError(f"{folder / INDEX}: rows of {name} are not 0..{len(numbers) - 1}, each once")
+        c, t = read_shard(folder / name, meta, len(numbers))
+        take, put = torch.tensor(numbers), torch.tensor(positions)
+        condition[put] = c[take].float()
+        target[put] = t[take].float()
+    return Features(condition, target, [r.key for r in rows], [r.caption for r in rows], meta)
+
+
+def read_shard(path: str | os.PathLike[str], meta: Meta, count: int) -> tuple[Tensor, Tensor]:
+    """One shard's ``condition [count, T, E]`` and ``target [count, T, C]``, in their stored dtype."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file, but the index lists {count} pictures of it; extract again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            if names != ["condition", "target"]:
+                raise ValueError(f"{path}: holds the tensors {names}; exactly condition and target are needed")
+            condition, target = file.get_tensor("condition"), file.get_tensor("target")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); delete it and extract again") from error
+    _check_tensor(str(path), "condition", condition, meta.tokens, meta.condition.dim)
+    _check_tensor(str(path), "target", target, meta.tokens, meta.target.dim)
+    for name, found in (("condition", len(condition)), ("target", len(target))):
+        if found != count:
+            raise ValueError(f"{path}: {name} has {found} pictures; the index lists {count}")
+    return condition, target
+
+
+def _encoder_info(where: str, side: str, described: Any) -> EncoderInfo:
+    known = [field.name for field in fields(EncoderInfo)]
+    if not isinstance(described, dict) or not {"name", "dim"} <= set(described) <= set(known):
+        found = sorted(described) if isinstance(described, dict) else f"a {type(described).__name__}"
+        raise ValueError(f"{where}: {side!r} has {found}; needed are name and dim, allowed also {', '.join(known[2:])}")
+    for name, value in described.items():
+        if type(value) is not (int if name == "dim" else str) or value == 0:
+            raise ValueError(f"{where}: {side}.{name} is {value!r}; dim is a whole number >= 1, the others are text")
+    return EncoderInfo(**described)
+
+
+def _check_tensor(where: str, name: str, value: Tensor, tokens: int, dim: int) -> None:
+    if value.dtype not in _DTYPES:
+        raise ValueError(f"{where}: {name} is {value.dtype}; allowed are {', '.join(_DTYPES.values())}")
+    if value.dim() != 3 or tuple(value.shape[1:]) != (tokens, dim):
+        raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}; [n, {tokens}, {dim}] is needed")
+    for start, chunk in enumerate(value.split(256)):
+        finite = torch.isfinite(chunk).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            row = start * 256 + int((~finite).nonzero()[0])
+            raise ValueError(f"{where}: {name} has NaN or Inf in row {row}")
+
+
+def _describe(meta: Meta) -> str:
+    return f"{meta.condition} -> {meta.target}, {meta.tokens} tokens"
