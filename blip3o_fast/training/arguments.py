@@ -1,0 +1,219 @@
+"""TrainSettings: every flag of `blip3o-fast train`, its default, and what is wrong with it before anything starts.
+
+Names and defaults are those of the original training script where it had the flag.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from blip3o_fast.flow.timesteps import check_distribution
+from blip3o_fast.models.normalizer import parse_spec
+
+LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+DEVICES = ("auto", "cpu", "cuda")
+DEFAULT_WARMUP = 1000
+
+# What may differ when a run is continued: nothing here changes the numbers that the run produces. Batch size and
+# accumulation are compared as their product, the effective batch.
+FREE_ON_RESUME = frozenset(
+    {
+        "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
+        "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
+        "wandb_project", "wandb_run_name", "no_wandb", "device", "compile_model", "gradient_checkpointing",
+        "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path", "init_from", "max_steps",
+        "num_epochs", "normalize_embeddings", "progress",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class TrainSettings:
+    """Settings of one training run. `None` means "decided when the embeddings are known"; see each group."""
+
+    embeddings_path: str | Path
+    output_dir: str | Path
+
+    # Network. With a preset, the sizes given beside it replace the preset's; without one, `None` is the original's
+    # width 1792, 24 layers, 28 heads. Channels and grid always come from the embeddings.
+    preset: str | None = None
+    model_dim: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    multiple_of: int | None = None
+    ffn_dim_multiplier: float | None = None
+    context_projection: bool | None = None
+    init_from: str | None = None  # folder or hub name of a trained model whose weights are the start
+    gradient_checkpointing: bool = False
+
+    # Optimisation. `max_steps` wins over `num_epochs`.
+    num_epochs: float = 10
+    max_steps: int | None = None
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    warmup_steps: int | None = None  # None: 1000, but at most a tenth of the run
+    lr_scheduler: str = "cosine"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999  # 0 turns the average off
+    seed: int = 42
+
+    # Flow matching
+    sigma_min: float = 1e-4
+    sigma_max: float = 1.0
+    prediction_type: str = "v_prediction"
+    schedule_type: str = "linear"
+    regularization_weight: float = 0.0
+    timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    timestep_shift: float = 1.0
+    condition_dropout: float = 0.1
+
+    # Data
+    subset_size: int | None = None
+    eval_split: float = 0.1
+    normalize: str = "none"
+    normalize_embeddings: bool = False  # the original's flag: the same as normalize="l2"
+    num_workers: int = 0
+
+    # Logging, evaluation, checkpoints
+    logging_steps: int = 100
+    save_steps: int = 1000
+    eval_steps: int = 1000
+    eval_generation_samples: int = 16  # held-out pictures generated at each evaluation; 0: none
+    guidance_scale: float = 2.0
+    num_inference_steps: int = 20
+    save_total_limit: int | None = 3
+    wandb_project: str = "blip3o-dit"
+    wandb_run_name: str | None = None
+    no_wandb: bool = False
+    progress: bool | None = None  # None: a bar on a terminal, one line per log elsewhere; False: silent
+
+    # Hardware
+    fp16: bool = False
+    bf16: bool = False
+    device: str = "auto"
+    compile_model: bool = False
+
+    # Other
+    resume_from_checkpoint: str | None = None  # "auto", or a checkpoint folder
+    debug: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        self.embeddings_path = Path(self.embeddings_path)
+        self.output_dir = Path(self.output_dir)
+        if self.debug:
+            self.subset_size = min(self.subset_size or 1000, 1000)
+            self.num_epochs = min(self.num_epochs, 2)
+            self.logging_steps, self.save_steps, self.eval_steps = 10, 100, 100
+            self.no_wandb = True
+        if self.normalize_embeddings and self.normalize == "none":
+            self.normalize = "l2"
+
+    def check(self) -> None:
+        """Raise one ValueError that names every bad flag, what it is and what is allowed."""
+        problems = [
+            f"--{name} must be {allowed}, got {getattr(self, name)!r}"
+            for name, good, allowed in self._rules()
+            if not good
+        ]
+        if self.normalize_embeddings and self.normalize != "l2":
+            problems.append(f"--normalize_embeddings means --normalize l2, but --normalize is {self.normalize!r}")
+        if self.fp16 and self.bf16:
+            problems.append("--fp16 and --bf16 exclude each other: give one of them")
+        for check in (
+            lambda: parse_spec(self.normalize),
+            lambda: check_distribution(self.timestep_sampling, self.logit_mean, self.logit_std, self.timestep_shift),
+        ):
+            try:
+                check()
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        def whole(name: str, least: int, optional: bool = False) -> tuple[str, bool, str]:
+            value = getattr(self, name)
+            good = (value is None and optional) or (type(value) is int and value >= least)
+            return name, good, f"a whole number >= {least}"
+
+        def number(name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> tuple[str, bool, str]:
+            value = getattr(self, name)
+            good = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+            good = good and not (open_low and value == low)
+            bracket = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+            return name, good, f"a number {bracket}"
+
+        def one_of(name: str, choices: tuple[str, ...]) -> tuple[str, bool, str]:
+            return name, getattr(self, name) in choices, "one of " + ", ".join(choices)
+
+        rules = [
+            whole(name, 1)
+            for name in (
+                "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps",
+                "eval_steps", "num_inference_steps",
+            )
+        ]  # fmt: skip
+        rules += [
+            whole(name, 1, optional=True)
+            for name in (
+                "model_dim", "num_layers", "num_heads", "num_kv_heads", "multiple_of", "max_steps", "subset_size",
+                "save_total_limit",
+            )
+        ]  # fmt: skip
+        rules += [
+            whole("warmup_steps", 0, optional=True),
+            whole("num_workers", 0),
+            whole("seed", 0),
+            whole("eval_generation_samples", 0),
+            number("num_epochs", 0, open_low=True),
+            number("learning_rate", 0, open_low=True),
+            number("weight_decay", 0),
+            number("max_grad_norm", 0, open_low=True),
+            number("adam_beta1", 0, 0.999999),
+            number("adam_beta2", 0, 0.999999),
+            number("ema_decay", 0, 0.999999),
+            number("sigma_min", 0, 0.999999),
+            number("sigma_max", 0, 1, open_low=True),
+            number("regularization_weight", 0),
+            number("condition_dropout", 0, 1),
+            number("eval_split", 0, 0.9),
+            number("guidance_scale", 0),
+            one_of("lr_scheduler", LR_SCHEDULERS),
+            one_of("device", DEVICES),
+            one_of("prediction_type", ("v_prediction", "epsilon")),
+            one_of("schedule_type", ("linear", "cosine")),
+        ]
+        return rules
+
+    def to_dict(self) -> dict[str, Any]:
+        """For run.json: paths as strings."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    def differences(self, earlier: dict[str, Any]) -> list[str]:
+        """Settings in which continuing an earlier run would change what it computes, one line each."""
+        mine = self.to_dict()
+        lines = [
+            f"--{field.name}: the run has {earlier[field.name]!r}, now {mine[field.name]!r}"
+            for field in fields(self)
+            if field.name not in FREE_ON_RESUME and field.name in earlier and earlier[field.name] != mine[field.name]
+        ]
+        return lines
+
+
+def warmup_steps(settings: TrainSettings, total_steps: int) -> int:
+    """The warmup in steps: as given, or the original's 1000 but at most a tenth of the run."""
+    if settings.warmup_steps is not None:
+        return settings.warmup_steps
+    return min(DEFAULT_WARMUP, total_steps // 10)

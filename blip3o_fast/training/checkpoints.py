@@ -1,0 +1,145 @@
+"""What lies in a run's folder, and which of it is whole.
+
+    run.json            settings, versions, data, status: running | interrupted | finished
+    metrics.jsonl       one object per log
+    checkpoint-N/       model.safetensors, config.json, normalizer.safetensors, ema.safetensors, optimizer.pt, ...,
+                        and complete.json, written last: a folder without it was cut off and is never continued
+    model.safetensors, config.json, normalizer.safetensors      the trained model, once the run is finished
+
+All small files are written beside and renamed. No pickle of ours is written; optimizer.pt and scheduler.pt are the
+Trainer's and are read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+MARKER = "complete.json"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_NEEDED = ("model.safetensors", "trainer_state.json")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside and rename, so that a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+    os.replace(beside, path)
+
+
+def read_run(output_dir: Path) -> dict[str, Any] | None:
+    """run.json, or None where there is none; ValueError naming the file where it cannot be read."""
+    path = output_dir / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text())
+        if not isinstance(run, dict):
+            raise ValueError(f"it holds a {type(run).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not the run.json of a training run ({error})") from error
+    return run
+
+
+def mark_complete(folder: Path, step: int) -> None:
+    """Record the sizes of all files of a checkpoint; after this it counts as whole."""
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MARKER
+    }
+    write_json(folder / MARKER, {"step": step, "files": files})
+
+
+def unmark(folder: Path) -> None:
+    """Before writing into a checkpoint folder that may exist: from now on it is not whole."""
+    (folder / MARKER).unlink(missing_ok=True)
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """None for a whole checkpoint, else the reason why it is not, for a message."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    marker = folder / MARKER
+    if not marker.is_file():
+        return f"it has no {MARKER}: writing it was interrupted, or it is no checkpoint of this program"
+    try:
+        files = json.loads(marker.read_text())["files"]
+        sizes = {name: (folder / name).stat().st_size for name in files}
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"its {MARKER} cannot be read ({error})"
+    for name in _NEEDED:
+        if name not in sizes:
+            return f"{name} is missing"
+    for name, size in sizes.items():
+        if size != files[name]:
+            return f"{name} has {size} bytes instead of {files[name]}"
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name, -1 for another name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, whole or not, oldest step first."""
+    if not output_dir.is_dir():
+        return []
+    return sorted((path for path in output_dir.iterdir() if path.is_dir() and step_of(path) >= 0), key=step_of)
+
+
+def last_whole(output_dir: Path) -> Path | None:
+    """The whole checkpoint with the highest step."""
+    whole = [path for path in checkpoints(output_dir) if what_is_missing(path) is None]
+    return whole[-1] if whole else None
+
+
+def rotate(output_dir: Path, keep: int | None) -> None:
+    """Delete all but the newest ``keep`` whole checkpoints, and folders cut off before the newest whole one."""
+    everything = checkpoints(output_dir)
+    whole = [path for path in everything if what_is_missing(path) is None]
+    if not whole:
+        return
+    kept = set(whole if keep is None else whole[-keep:])
+    for path in everything:
+        if path not in kept and step_of(path) < step_of(whole[-1]):
+            unmark(path)  # first: a deletion that is cut off must not leave something that looks whole
+            shutil.rmtree(path)
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after ``step``: a continued run logs it again. A torn last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry.get("step", 0) <= step and not entry.get("finished"):
+            kept.append(line)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text("".join(line + "\n" for line in kept))
+    os.replace(beside, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All entries of a metrics.jsonl, skipping a torn line."""
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries

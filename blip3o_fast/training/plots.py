@@ -1,0 +1,73 @@
+"""The loss curve with the lines that say whether it is normal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# Names as people read them, from the easiest predictor to the best.
+YARDSTICKS = {
+    "zero": "predict zero",
+    "mean": "predict the mean",
+    "linear_unconditional": "best linear, no condition",
+    "linear_conditional": "best linear",
+}
+
+
+def plot_loss(
+    entries: list[dict[str, Any]],
+    path: str | Path,
+    *,
+    yardstick: dict[str, Any] | None = None,
+    reference: list[dict[str, Any]] | None = None,
+) -> Path:
+    """Write a PNG (or SVG, by the suffix) of training and held-out loss over the steps.
+
+    Args:
+        entries: what metrics.jsonl holds (`checkpoints.read_metrics`).
+        yardstick: ``Yardstick.as_dict()``; its lines are drawn and named at the right edge.
+        reference: entries of another run, drawn in grey behind.
+
+    Raises:
+        ValueError: where no entry has a loss. ModuleNotFoundError: without matplotlib (extra ``report``).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = [(e["step"], e["loss"]) for e in entries if "loss" in e]
+    held_out = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]
+    if not train:
+        raise ValueError("entries has no training loss: nothing was logged yet")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if reference:
+        grey = [(e["step"], e["loss"]) for e in reference if "loss" in e]
+        axes.plot(*zip(*grey, strict=True), color="0.8", linewidth=3, label="reference run")
+    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.8, linewidth=1.2, label="training loss")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held-out loss")
+    for name, text in YARDSTICKS.items():
+        if yardstick and name in yardstick:
+            height = yardstick[name]["overall"]
+            axes.axhline(height, color="0.4", linewidth=0.9, linestyle="--" if "linear" in name else ":")
+            axes.annotate(
+                f"{text} {height:.3f}",
+                (1, height),
+                xycoords=("axes fraction", "data"),
+                xytext=(-3, 2),
+                textcoords="offset points",
+                horizontalalignment="right",
+                fontsize=8,
+                color="0.3",
+            )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (mean squared velocity error)")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.2)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.98))
+    path = Path(path)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path

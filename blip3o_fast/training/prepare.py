@@ -1,0 +1,283 @@
+"""From settings to data, network and yardstick: everything before the first step, and what can be wrong with it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_fast.flow.path import FlowPath
+from blip3o_fast.flow.yardstick import yardstick
+from blip3o_fast.models.config import BLIP3oConfig
+from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.models.normalizer import FeatureNormalizers
+from blip3o_fast.training.arguments import TrainSettings
+from blip3o_fast.training.validation import MAX_PICTURES, evenly_spaced, levels
+
+# Pictures that the yardstick is computed from: seconds, and many more tokens than unknowns.
+YARDSTICK_PICTURES = 512
+# Half the width of the bucket around each evaluation level: the yardstick averages over buckets.
+_HALF_BUCKET = 1e-6
+
+
+@dataclass
+class Data:
+    """Both splits as the network sees them (normalised), the raw held-out ones, and the way back."""
+
+    conditions: Tensor  # [n, L, E]
+    targets: Tensor  # [n, T, C]
+    held_out_conditions: Tensor  # [m, L, E], m may be 0
+    held_out_targets: Tensor  # [m, T, C]
+    raw_conditions: Tensor  # of at most 256 held-out pictures, un-normalised
+    raw_targets: Tensor
+    raw_mean: Tensor  # [C]: of the raw training targets
+    normalizer: FeatureNormalizers
+
+    def describe(self) -> dict[str, Any]:
+        """For run.json: enough to notice that a continued run got other data."""
+        return {
+            "train": len(self.conditions),
+            "held_out": len(self.held_out_conditions),
+            "condition_shape": list(self.conditions.shape[1:]),
+            "target_shape": list(self.targets.shape[1:]),
+            "checksum": round(float(self.targets[:: max(1, len(self.targets) // 64)].double().sum()), 6),
+        }
+
+
+def device_for(settings: TrainSettings) -> torch.device:
+    """The device of the run; ValueError for one that is not there, or that cannot do the dtype."""
+    available = torch.cuda.is_available()
+    if settings.device == "cuda" and not available:
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    device = torch.device("cuda" if available and settings.device != "cpu" else "cpu")
+    if settings.fp16 and device.type == "cpu":
+        raise ValueError(
+            "--fp16 needs a GPU: on a CPU the Trainer would silently train in fp32; use --bf16, or neither for fp32"
+        )
+    if settings.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --fp16, or neither for fp32")
+    return device
+
+
+def dtype_line(settings: TrainSettings, device: torch.device) -> str:
+    """The compute dtype with its reason, for the header."""
+    if settings.bf16:
+        return "bf16 autocast over fp32 weights (--bf16)"
+    if settings.fp16:
+        return "fp16 autocast over fp32 weights, with loss scaling (--fp16)"
+    if device.type == "cuda":
+        return "fp32 (neither --bf16 nor --fp16 given; --bf16 is several times faster on this device)"
+    return "fp32 (neither --bf16 nor --fp16 given)"
+
+
+def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None = None) -> Data:
+    """Read and normalise both splits. With a ``normalizer`` (of ``init_from``) that one is used, none is fitted."""
+    from blip3o_fast.data.dataset import EmbeddingDataset
+
+    # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
+    train, held_out = EmbeddingDataset.splits(settings.embeddings_path, eval_split=settings.eval_split)
+    conditions, targets = _subset(settings, train.conditions, train.targets)
+    held_conditions, held_targets = conditions[:0], targets[:0]
+    if held_out is not None:
+        held_conditions, held_targets = held_out.conditions, held_out.targets
+    effective = settings.batch_size * settings.gradient_accumulation_steps
+    if len(conditions) < 2:
+        raise ValueError(f"{settings.embeddings_path}: {len(conditions)} training pictures; at least 2 are needed")
+    if len(conditions) < effective:
+        # Allowed (the stream wraps around), but hardly meant.
+        print(f"note: {len(conditions)} training pictures are fewer than the effective batch of {effective}")
+    if normalizer is None:
+        normalizer = FeatureNormalizers.fit(conditions, targets, settings.normalize)
+    some = evenly_spaced(len(held_targets), MAX_PICTURES)
+    raw_conditions, raw_targets = held_conditions[some], held_targets[some]
+    raw_mean = targets.float().mean((0, 1))
+    return Data(
+        _normalised(normalizer.condition, conditions),
+        _normalised(normalizer.target, targets),
+        _normalised(normalizer.condition, held_conditions),
+        _normalised(normalizer.target, held_targets),
+        raw_conditions,
+        raw_targets,
+        raw_mean,
+        normalizer,
+    )
+
+
+def _subset(settings: TrainSettings, conditions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The training pictures that --subset_size keeps, chosen as EmbeddingDataset would."""
+    found, wanted = len(conditions), settings.subset_size
+    if wanted is None or wanted == found or (settings.debug and wanted > found):
+        return conditions, targets
+    if wanted > found:
+        raise ValueError(f"--subset_size {wanted}: {settings.embeddings_path} has only {found} training pictures")
+    rows = torch.randperm(found, generator=torch.Generator().manual_seed(42))[:wanted]
+    return conditions[rows], targets[rows]
+
+
+def _normalised(normalizer: Any, features: Tensor, block: int = 256) -> Tensor:
+    """fp32, in blocks: a whole float32 copy of everything in flight would double the memory."""
+    if normalizer.spec == "none":
+        return features.float()
+    out = torch.empty(*features.shape[:2], normalizer.out_features)
+    for start in range(0, len(features), block):
+        out[start : start + block] = normalizer(features[start : start + block].float())
+    return out
+
+
+def config_for(settings: TrainSettings, data: Data) -> BLIP3oConfig:
+    """The network's configuration: sizes from the flags and the preset, channels and grid from the embeddings."""
+    tokens, channels = data.targets.shape[1:]
+    grid = math.isqrt(tokens)
+    if grid * grid != tokens:
+        raise ValueError(
+            f"{settings.embeddings_path}: targets have {tokens} tokens; they must be a square grid (64 = 8 x 8, say)"
+        )
+    given = {
+        "hidden_size": settings.model_dim,
+        "num_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_kv_heads": settings.num_kv_heads,
+        "multiple_of": settings.multiple_of,
+        "ffn_dim_multiplier": settings.ffn_dim_multiplier,
+        "context_projection": settings.context_projection,
+    }
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    fields |= {
+        "sample_size": grid,
+        "patch_size": 1,
+        "in_channels": channels,
+        "cross_attention_dim": data.conditions.shape[2],
+        "prediction_type": settings.prediction_type,
+        "schedule": settings.schedule_type,
+        "sigma_min": settings.sigma_min,
+        "sigma_max": settings.sigma_max,
+    }
+    return BLIP3oConfig.preset(settings.preset, **fields) if settings.preset else BLIP3oConfig(**fields)
+
+
+def model_for(settings: TrainSettings, data: Data, start: BLIP3oDiT | None) -> BLIP3oDiT:
+    """A new network with weights drawn from the seed, or the one to start from."""
+    if start is None:
+        model = BLIP3oDiT(config_for(settings, data), generator=torch.Generator().manual_seed(settings.seed))
+    else:
+        model = start
+        found = (data.targets.shape[2], data.conditions.shape[2], data.targets.shape[1])
+        wanted = (model.config.in_channels, model.config.cross_attention_dim, model.config.num_tokens)
+        if found != wanted:
+            raise ValueError(
+                f"--init_from {settings.init_from}: its network has target channels, condition channels, tokens "
+                f"{wanted}, the embeddings (normalised) have {found}"
+            )
+    model.normalizer = data.normalizer
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def total_steps(settings: TrainSettings, pictures: int, world_size: int) -> int:
+    """Optimizer steps of the run: as given, or the epochs in steps of full batches, rounded up."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    effective = settings.batch_size * settings.gradient_accumulation_steps * world_size
+    return max(1, math.ceil(settings.num_epochs * pictures / effective))
+
+
+def yardstick_for(settings: TrainSettings, data: Data, config: BLIP3oConfig) -> dict[str, Any]:
+    """The loss's yardstick, judged on held-out pictures where there are some.
+
+    Returns ``Yardstick.as_dict()`` with three more keys: ``linear_at_levels``, the best linear velocity's loss at each
+    evaluation level; ``training``, what the best linear prediction would reach as *training* loss (which has dropped
+    conditions in it), None for epsilon; ``seconds``.
+    """
+    begun = time.perf_counter()
+    some = evenly_spaced(len(data.conditions), YARDSTICK_PICTURES)
+    fitted = data.conditions[some], data.targets[some]
+    held_out = None
+    if len(data.held_out_conditions):
+        chosen = evenly_spaced(len(data.held_out_conditions), MAX_PICTURES)
+        held_out = data.held_out_conditions[chosen], data.held_out_targets[chosen]
+    edges = tuple(edge for level in levels() for edge in (level - _HALF_BUCKET, level + _HALF_BUCKET))
+    lines = yardstick(
+        *fitted,
+        path=FlowPath(config.schedule, config.sigma_min, config.sigma_max),
+        held_out=held_out,
+        sigma_edges=edges,
+        distribution=settings.timestep_sampling,
+        logit_mean=settings.logit_mean,
+        logit_std=settings.logit_std,
+        shift=settings.timestep_shift,
+    )
+    out = lines.as_dict()
+    # Every second bucket is the tiny one around a level.
+    out["linear_at_levels"] = list(lines.linear_conditional.per_bucket[::2])
+    dropped = settings.condition_dropout
+    mixed = (1 - dropped) * lines.linear_conditional.overall + dropped * lines.linear_unconditional.overall
+    out["training"] = mixed if config.prediction_type == "v_prediction" else None
+    out["seconds"] = round(time.perf_counter() - begun, 2)
+    return out
+
+
+def generation_quality(settings: TrainSettings, data: Data) -> Callable[[Any], dict[str, float]] | None:
+    """``model -> {token_cosine, recall_at_1, ...}`` on a few held-out pictures, or None where there are none."""
+    count = min(settings.eval_generation_samples, len(data.raw_conditions))
+    if count < 2:
+        return None
+    some = evenly_spaced(len(data.raw_conditions), count)
+    conditions, targets = data.raw_conditions[some].float(), data.raw_targets[some].float()
+
+    def measure(model: Any) -> dict[str, float]:
+        from blip3o_fast.evaluation import metrics
+        from blip3o_fast.sampling.sampler import sample
+
+        device = next(model.parameters()).device
+        generated = sample(
+            model,
+            conditions.to(device),
+            num_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator().manual_seed(0),
+        ).cpu()
+        return {
+            "token_cosine": metrics.token_cosine(generated, targets),
+            "l2_distance": metrics.l2_distance(generated, targets),
+            "norm_ratio": float(generated.norm(dim=-1).mean() / targets.norm(dim=-1).mean()),
+            "recall_at_1": metrics.recall_at_k(generated, targets, data.raw_mean, (1,))[1],
+            "recall_at_1_chance": 1 / count,
+        }
+
+    return measure
+
+
+def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.device, steps: int, world: int) -> str:
+    """What is about to happen, one fact per line."""
+    from blip3o_fast.training.arguments import warmup_steps
+
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    effective = settings.batch_size * settings.gradient_accumulation_steps * world
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    average = f"decay {settings.ema_decay:g}, fp32, {parameters * 4 / 2**20:.0f} MB" if settings.ema_decay else "off"
+    target = data.normalizer.target
+    return "\n".join(
+        [
+            f"device      {name}" + (f", {world} processes" if world > 1 else ""),
+            f"dtype       {dtype_line(settings, device)}",
+            f"network     {parameters / 1e6:.2f} M parameters: width {config.hidden_size}, {config.num_layers} layers, "
+            f"{config.num_attention_heads} heads of {config.head_dim}, FFN {config.ffn_dim}",
+            f"data        {len(data.conditions)} training and {len(data.held_out_conditions)} held-out pictures, "
+            f"condition {list(data.conditions.shape[1:])}, target {list(data.targets.shape[1:])} "
+            f"(normalize {target.spec}, {100 * target.explained_variance:.0f} % of the variance)",
+            f"batch       {effective} = {settings.batch_size} x {settings.gradient_accumulation_steps} accumulated "
+            f"x {world} processes",
+            f"steps       {steps} ({steps * effective / len(data.conditions):.1f} epochs), "
+            f"warmup {warmup_steps(settings, steps)}, {settings.lr_scheduler} from {settings.learning_rate:g}",
+            f"average     {average}",
+            f"output      {Path(settings.output_dir)}",
+        ]
+    )

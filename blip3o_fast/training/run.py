@@ -1,0 +1,311 @@
+"""`train(settings)`: the whole training job behind `blip3o-fast train`.
+
+Order: the flags, the output folder, the device, the embeddings, the network; only then transformers is imported (which
+takes seconds) and training begins. A run's folder is described in `checkpoints`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blip3o_fast import __version__
+from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.training import checkpoints, prepare
+from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+
+if TYPE_CHECKING:
+    from blip3o_fast.training.trainer import BLIP3oTrainer
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train as the settings say, and leave the trained model in ``output_dir``.
+
+    Returns:
+        ``{"status": "finished" | "dry run", "step": ..., "output_dir": ..., **the last evaluation's metrics}``.
+
+    Raises:
+        ValueError: everything that is wrong with flags, folders or data, before anything is written; and
+            `trainer.NonFiniteError` (a ValueError) where training diverges.
+        ModuleNotFoundError: without the extra ``train``.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint of the last finished step has been written.
+    """
+    settings.check()
+    _need_libraries()
+    resume = resume_point(settings)
+    earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
+    if resume and _is_finished(settings, resume, earlier):
+        step = checkpoints.step_of(resume)
+        say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; more with a larger --max_steps")
+        return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
+    device = prepare.device_for(settings)
+    start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from else None
+    data = prepare.load_data(settings, normalizer=getattr(start, "normalizer", None))
+    _check_same_run(settings, earlier, data, resume)
+    model = prepare.model_for(settings, data, start)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = prepare.total_steps(settings, len(data.conditions), world)
+    say(prepare.header(settings, data, model, device, steps, world))
+    if warmup_steps(settings, steps) >= steps:
+        say(f"warning: --warmup_steps {settings.warmup_steps} does not end within the {steps} steps of this run")
+    if resume:
+        say(f"resuming    {resume}")
+    if settings.dry_run:
+        say(f"dry run     {_dry_step(settings, data, model, device)}\nNothing was written.")
+        return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
+    return _run(settings, data, model, device, steps, resume, earlier)
+
+
+def say(text: str) -> None:
+    """Print from the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _need_libraries() -> None:
+    for name in ("transformers", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f'training needs {name}: pip install "blip3o_fast[train]"', name=name)
+
+
+# ---- new, continued or finished --------------------------------------------------------------------------------------
+
+
+def resume_point(settings: TrainSettings) -> Path | None:
+    """The checkpoint to continue from, None for a new run; ValueError where neither is possible."""
+    output, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output} is a file; a folder is needed")
+    run, last = checkpoints.read_run(output), checkpoints.last_whole(output)
+    if wanted is None:
+        if run is None and not checkpoints.checkpoints(output):
+            return None
+        state = (
+            f"its last whole checkpoint is step {checkpoints.step_of(last)}" if last else "it has no whole checkpoint"
+        )
+        raise ValueError(
+            f"--output_dir {output} already holds a run ({state}); add --resume_from_checkpoint auto to continue it, "
+            "or choose another folder"
+        )
+    if wanted == "auto":
+        if last is None and run is None:
+            say(f"no run in {output} yet: starting a new one")
+        elif last is None:
+            say(f"the run in {output} was stopped before its first whole checkpoint: starting it again")
+        return last
+    folder = Path(wanted)
+    if (reason := checkpoints.what_is_missing(folder)) is not None:
+        hint = f"; the last whole one is {last}" if last else ""
+        raise ValueError(f"--resume_from_checkpoint {folder} is not a whole checkpoint: {reason}{hint}")
+    if folder.resolve().parent != output.resolve() and run is not None:
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} lies outside --output_dir {output}, which holds another run"
+        )
+    return folder
+
+
+def _is_finished(settings: TrainSettings, resume: Path, run: dict[str, Any] | None) -> bool:
+    if run is None or run.get("status") != "finished" or checkpoints.step_of(resume) < run.get("steps", 0):
+        return False
+    return settings.max_steps is None or settings.max_steps <= run.get("steps", 0)
+
+
+def _check_same_run(
+    settings: TrainSettings, run: dict[str, Any] | None, data: prepare.Data, resume: Path | None
+) -> None:
+    """A continued run must go on as it began: refuse changed settings and other data, by name."""
+    if resume is None or run is None:
+        return
+    earlier = run.get("settings", {})
+    changed = settings.differences(earlier)
+    now = settings.batch_size * settings.gradient_accumulation_steps
+    before = earlier.get("batch_size", 0) * earlier.get("gradient_accumulation_steps", 1)
+    if before and before != now:
+        changed.append(f"--batch_size x --gradient_accumulation_steps: the run has {before}, now {now}")
+    described = data.describe()
+    changed += [
+        f"embeddings: {name} was {run['data'][name]!r}, now {described[name]!r}"
+        for name in described
+        if name in run.get("data", {}) and run["data"][name] != described[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{resume} cannot be continued with other settings; give the run's own, or start a new --output_dir\n"
+            + "\n".join(changed)
+        )
+    if settings.max_steps is not None and run.get("steps") and settings.max_steps != run["steps"]:
+        say(f"note: the run was planned for {run['steps']} steps; the learning rate now follows {settings.max_steps}")
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _flow_loss(settings: TrainSettings, model: BLIP3oDiT) -> Any:
+    from blip3o_fast.flow.loss import FlowMatchingLoss
+
+    return FlowMatchingLoss.from_config(
+        model.config,
+        distribution=settings.timestep_sampling,
+        logit_mean=settings.logit_mean,
+        logit_std=settings.logit_std,
+        shift=settings.timestep_shift,
+        condition_dropout=settings.condition_dropout,
+        regularization_weight=settings.regularization_weight,
+    )
+
+
+def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> str:
+    """One forward and backward pass of the first batch."""
+    from blip3o_fast.training.stream import SampleOrder
+
+    model.to(device)
+    pictures = SampleOrder(len(data.conditions), settings.seed).pictures(0, settings.batch_size)
+    dtype = torch.float16 if settings.fp16 else torch.bfloat16
+    with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
+        loss, _ = _flow_loss(settings, model)(
+            model,
+            data.targets[pictures].to(device),
+            data.conditions[pictures].to(device),
+            seed=settings.seed,
+            sample_index=0,
+        )
+    loss.backward()
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if device.type == "cuda" else ""
+    return f"one batch forward and backward works, loss {float(loss.detach()):.4f}{memory}"
+
+
+def _run(
+    settings: TrainSettings,
+    data: prepare.Data,
+    model: BLIP3oDiT,
+    device: torch.device,
+    steps: int,
+    resume: Path | None,
+    earlier: dict[str, Any] | None,
+) -> dict[str, Any]:
+    output = Path(settings.output_dir)
+    lines = (earlier or {}).get("yardstick") or prepare.yardstick_for(settings, data, model.config)
+    say(_yardstick_line(lines))
+
+    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
+    from blip3o_fast.training.trainer import BLIP3oTrainer
+    from blip3o_fast.training.trainer_args import training_arguments, wandb_is_ready
+    from blip3o_fast.training.validation import Validation
+
+    wandb, reason = (False, "") if settings.no_wandb else wandb_is_ready()
+    if reason and not wandb:
+        say(reason)
+    validation = None
+    if len(data.held_out_conditions):
+        validation = Validation(
+            data.held_out_conditions,
+            data.held_out_targets,
+            model.config,
+            settings.eval_batch_size,
+            lines["linear_at_levels"],
+            prepare.generation_quality(settings, data),
+        )
+    args = training_arguments(
+        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None, wandb=wandb
+    )
+    if settings.compile_model:
+        model.compile()
+    trainer = BLIP3oTrainer(
+        model,
+        args,
+        conditions=data.conditions,
+        targets=data.targets,
+        loss_function=_flow_loss(settings, model),
+        validation=validation,
+        ema_decay=settings.ema_decay,
+        linear_loss=lines["training"],
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    stop = StopRequest()
+    progress = Progress()
+    trainer.add_callback(StepCallback(trainer, stop, settings.save_total_limit))
+    trainer.add_callback(MetricsFile(output / checkpoints.METRICS_FILE))
+    if settings.progress is not False:
+        trainer.add_callback(progress)
+
+    run = {
+        "format_version": 1,
+        "status": "running",
+        "steps": steps,
+        "settings": settings.to_dict(),
+        "data": data.describe(),
+        "yardstick": lines,
+        "versions": _versions(),
+    }
+    main = trainer.is_world_process_zero()
+    if main:
+        checkpoints.write_json(output / checkpoints.RUN_FILE, run)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        progress.close()
+    step = trainer.state.global_step
+    if stop.requested and step < steps:
+        if main:
+            checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "interrupted"})
+        say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
+        _leave_group()
+        raise KeyboardInterrupt
+    last = _finish(trainer, output, lines) if main else {}
+    if main:
+        checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
+        say(f"trained model: {output}")
+    _leave_group()
+    return {"status": "finished", "step": step, "output_dir": str(output), **last}
+
+
+def _yardstick_line(lines: dict[str, Any]) -> str:
+    values = ", ".join(
+        f"{text} {lines[name]['overall']:.4f}"
+        for name, text in (
+            ("zero", "zero"),
+            ("mean", "mean"),
+            ("linear_unconditional", "linear without condition"),
+            ("linear_conditional", "linear"),
+        )
+    )
+    return f"yardstick   loss of predicting {values}: a network that works ends below the last"
+
+
+def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any]) -> dict[str, Any]:
+    """The trained model at the root of the run's folder, and the plot. Returns the last evaluation."""
+    if trainer.ema is not None:
+        trainer.ema.copy_to(trainer.model)
+    trainer.model.eval()
+    trainer.save_model(str(output))
+    entries = checkpoints.read_metrics(output / checkpoints.METRICS_FILE)
+    try:
+        from blip3o_fast.training.plots import plot_loss
+
+        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=lines)}")
+    except ModuleNotFoundError as error:
+        say(f'no loss curve: {error.name} is not installed (pip install "blip3o_fast[report]")')
+    evaluations = [entry for entry in entries if "eval_loss" in entry]
+    return evaluations[-1] if evaluations else {}
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"blip3o_fast": __version__, "python": platform.python_version(), **versions}
+
+
+def _leave_group() -> None:
+    # Without this a process of a torchrun job may abort after it has succeeded.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,79 @@
+"""transformers' TrainingArguments for a run. Only names that exist from transformers 5.5 on."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+
+from transformers import TrainingArguments
+
+from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+
+WANDB_HOST = "api.wandb.ai"
+
+
+def training_arguments(
+    settings: TrainSettings, *, total_steps: int, on_cpu: bool, evaluates: bool, wandb: bool = False
+) -> TrainingArguments:
+    """The Trainer's own settings for a run of ``total_steps`` optimizer steps."""
+    if wandb:
+        # The Trainer's wandb callback reads the project from here alone in the oldest version that we support.
+        os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
+    args = TrainingArguments(
+        output_dir=str(settings.output_dir),
+        max_steps=total_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=warmup_steps(settings, total_steps),
+        bf16=settings.bf16,
+        fp16=settings.fp16,
+        use_cpu=on_cpu,
+        seed=settings.seed,
+        logging_strategy="steps",
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a NaN, and reads the loss at every step
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.eval_steps if evaluates else None,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=None,  # ours: it deletes only after the new checkpoint is whole
+        report_to=["wandb"] if wandb else [],
+        run_name=settings.wandb_run_name or settings.output_dir.name,
+        disable_tqdm=True,  # our own progress
+        dataloader_num_workers=settings.num_workers,
+        dataloader_pin_memory=not on_cpu,
+        ignore_data_skip=True,  # the stream begins at the right place by itself
+        remove_unused_columns=False,
+        label_names=["target"],
+        ddp_find_unused_parameters=False,
+    )
+    # Several visible GPUs in one process would mean DataParallel; torchrun is the way to use them.
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
+
+
+def wandb_is_ready() -> tuple[bool, str]:
+    """(True, "") or (False, one line that says how to turn it on), without importing wandb or asking the network."""
+    if importlib.util.find_spec("wandb") is None:
+        return False, 'wandb is off: not installed; turn it on with: pip install "blip3o_fast[wandb]" && wandb login'
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return os.environ["WANDB_MODE"] != "disabled", "wandb is off: WANDB_MODE=disabled"
+    if os.environ.get("WANDB_API_KEY"):
+        return True, ""
+    try:
+        known = netrc.netrc().authenticators(os.environ.get("WANDB_BASE_URL", WANDB_HOST).removeprefix("https://"))
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if known:
+        return True, ""
+    return False, "wandb is off: no login; turn it on with: wandb login   (or WANDB_MODE=offline)"
