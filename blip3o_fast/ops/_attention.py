@@ -1,0 +1,114 @@
+"""Which implementation attends: our own backends, or PyTorch's `scaled_dot_product_attention` by the name `sdpa`."""
+
+import importlib.util
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from blip3o_fast.ops import _backend
+from blip3o_fast.ops._backend import Backends
+
+NAMES = ("auto", "sdpa", "flash-attn", "xformers")
+
+_active = "auto"
+
+
+class use_attention:
+    """Choose who computes attention: `use_attention("sdpa")` from here on, `with use_attention("sdpa"):` inside.
+
+    name: "auto" (the default: what `use_backend` says, and by default the faster one as measured), "sdpa"
+    (`torch.nn.functional.scaled_dot_product_attention`, differentiated by PyTorch), "flash-attn" or "xformers"
+    (see `attention_implementations`). A name given here counts more than `use_backend` for the attention ops.
+    Raises ValueError for another name; an implementation that cannot run raises RuntimeError when the op is called.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _active
+        if name not in NAMES:
+            raise ValueError(f"attention must be one of {', '.join(NAMES)}, got {name!r}")
+        self.previous = _active
+        _active = name
+
+    def __enter__(self) -> "use_attention":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _active
+        _active = self.previous
+
+
+def attention_implementations() -> dict[str, str | None]:
+    """Each implementation that `use_attention` knows by name -> None where it works, else why it does not."""
+    return {"sdpa": None, "flash-attn": _not_wired("flash_attn"), "xformers": _not_wired("xformers")}
+
+
+def _not_wired(package: str) -> str:
+    installed = "is installed" if importlib.util.find_spec(package) is not None else "is not installed"
+    return f"not wired yet: the attention ops do not call {package}, which {installed} here"
+
+
+def choose(backends: Backends, x: Tensor, *others: Tensor | None, differentiable: bool) -> str:
+    """The backend of a call or "sdpa". RuntimeError where the one asked for by name cannot run it."""
+    if _active == "auto":
+        backend = backends.choose(x, *others)
+        if backend == "reference" and _backend._active == "auto" and _prefers_sdpa(x, differentiable):
+            return "sdpa"
+        return backend
+    if _active != "sdpa":
+        reason = attention_implementations()[_active]
+        raise RuntimeError(f"attention implementation {_active!r} cannot run {backends.op}: {reason}")
+    return _active
+
+
+def _prefers_sdpa(x: Tensor, differentiable: bool) -> bool:
+    """Whether sdpa is the faster of the two."""
+    return not differentiable or x.dtype != torch.bfloat16
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`scaled_dot_product_attention` on q [B, Tq, H, d], k and v [B, Tk, K, d], mask bool [B, Tk].
+
+    Returns [B, Tq, H, d] as PyTorch left it: in `dtype` under autocast, else in the widest dtype of q, k and v.
+    """
+    if not torch.is_autocast_enabled(q.device.type):
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
+    if k.shape[1] != q.shape[1]:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if mask is None:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    # a sample that sees nothing is given everything, so that no kernel meets an empty softmax, and is set to zero after
+    empty = ~mask.any(-1)
+    visible = (mask | empty[:, None])[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    return out.transpose(1, 2).masked_fill(empty[:, None, None, None], 0)
+
+
+def check_mask(mask: Tensor | None, x: Tensor, context: int, name: str) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a bool tensor (True = attend), got {given}")
+    if tuple(mask.shape) != (x.shape[0], context):
+        expected = f"({int(x.shape[0])}, {int(context)})"
+        raise ValueError(f"mask must have shape (B, {name}) = {expected}, got {tuple(mask.shape)}")
+    if mask.device != x.device:
+        raise ValueError(f"mask must be on {x.device} like the queries, got {mask.device}")
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
+        raise ValueError(f"scale must be a finite number or None for head_dim^-0.5, got {scale}")
+
+
+def check_groups(heads: int, key_heads: int) -> None:
+    if key_heads < 1 or heads < 1 or heads % key_heads != 0:
+        raise ValueError(f"the number of query heads must be a multiple of the key heads, got {heads} and {key_heads}")
