@@ -182,7 +182,7 @@ class FlowMatchingLoss:
             noise = normal_noise_at(seed, index, data.shape[1:]).to(accumulation_of(data))
         else:
             op_seed = torch.tensor([seed, first], dtype=torch.int64, device=device)
-        path = {
+        path: dict[str, Any] = {
             "noise": noise,
             "seed": op_seed,
             "sigma_min": self.path.sigma_min,

@@ -8,11 +8,9 @@ flow matching, Lipman et al. 2023, https://arxiv.org/abs/2210.02747; BLIP3-o tra
 
 Backward, for the upstream gradient dy:
 
-    ddata  = alpha * dy
-    dnoise = s * dy
-    dsigma = sum over the sample of dy * (alpha' * data + s' * noise)          [B]
+    ddata = alpha * dy          dnoise = s * dy
 
-Saved: the inputs. Noise made from a seed is made again.
+Saved: sigma.
 """
 
 from typing import Any
@@ -104,6 +102,11 @@ def _check(
     if data.dim() < 2:
         raise ValueError(f"data must have at least 2 dimensions (B, ...), got shape {tuple(data.shape)}")
     check_path_inputs(data, sigma, noise, seed, sigma_min, sigma_max, schedule, "B, ...")
+    if sigma.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "sigma requires grad, but only data and noise are differentiable here: detach it, "
+            "or use flow_interpolate_ref"
+        )
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
@@ -125,22 +128,18 @@ def _forward_reference(
 
 def _backward_reference(
     dy: Tensor,
-    data: Tensor,
     sigma: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
+    noise_dtype: torch.dtype | None,
     sigma_min: float,
     sigma_max: float,
     schedule: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulation_dtype(data)
-    level = sigma.to(acc).reshape(-1, *(1,) * (data.dim() - 1))
-    alpha, noise_scale, d_alpha, d_noise_scale = path_coefficients(level, schedule, sigma_min, sigma_max)
+) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(dy)
+    level = sigma.to(acc).reshape(-1, *(1,) * (dy.dim() - 1))
+    alpha, noise_scale, _, _ = path_coefficients(level, schedule, sigma_min, sigma_max)
     dy_acc = dy.to(acc)
-    velocity = d_alpha * data.to(acc) + d_noise_scale * given_or_made_noise(data, noise, seed)
-    dsigma = (dy_acc * velocity).sum(tuple(range(1, data.dim()))).to(sigma.dtype)
-    dnoise = data.new_empty(0) if noise is None else (noise_scale * dy_acc).to(noise.dtype)
-    return (alpha * dy_acc).to(data.dtype), dsigma, dnoise
+    dnoise = dy.new_empty(0) if noise_dtype is None else (noise_scale * dy_acc).to(noise_dtype)
+    return (alpha * dy_acc).to(dy.dtype), dnoise
 
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
@@ -165,36 +164,34 @@ def _forward(
 
 def _backward(
     dy: Tensor,
-    data: Tensor,
     sigma: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
+    noise_dtype: torch.dtype | None,
     sigma_min: float,
     sigma_max: float,
     schedule: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _BACKWARD[backend](dy, data, sigma, noise, seed, sigma_min, sigma_max, schedule)
+) -> tuple[Tensor, Tensor]:
+    return _BACKWARD[backend](dy, sigma, noise_dtype, sigma_min, sigma_max, schedule)
 
 
-def _forward_fake(data: Tensor, *settings: Any) -> Tensor:
+def _forward_fake(data: Tensor, *inputs_and_settings: Any) -> Tensor:
     return data.new_empty(data.shape)
 
 
-def _backward_fake(
-    dy: Tensor, data: Tensor, sigma: Tensor, noise: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dnoise = data.new_empty(0) if noise is None else noise.new_empty(noise.shape)
-    return data.new_empty(data.shape), sigma.new_empty(sigma.shape), dnoise
+def _backward_fake(dy: Tensor, sigma: Tensor, noise_dtype: torch.dtype | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    dnoise = dy.new_empty(0) if noise_dtype is None else dy.new_empty(dy.shape, dtype=noise_dtype)
+    return dy.new_empty(dy.shape), dnoise
 
 
-_SETTINGS = "Tensor? noise, Tensor? seed, float sigma_min, float sigma_max, str schedule, str backend"
 _flow_interpolate_fwd = define(
-    f"flow_interpolate_fwd(Tensor data, Tensor sigma, {_SETTINGS}) -> Tensor", _forward, _forward_fake
+    "flow_interpolate_fwd(Tensor data, Tensor sigma, Tensor? noise, Tensor? seed, float sigma_min, float sigma_max,"
+    " str schedule, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
 )
 _flow_interpolate_bwd = define(
-    f"flow_interpolate_bwd(Tensor dy, Tensor data, Tensor sigma, {_SETTINGS})"
-    " -> (Tensor ddata, Tensor dsigma, Tensor dnoise)",
+    "flow_interpolate_bwd(Tensor dy, Tensor sigma, ScalarType? noise_dtype, float sigma_min, float sigma_max,"
+    " str schedule, str backend) -> (Tensor ddata, Tensor dnoise)",
     _backward,
     _backward_fake,
 )
@@ -216,16 +213,17 @@ class _FlowInterpolate(torch.autograd.Function):
         schedule: str,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(data, sigma, noise, seed)
+        ctx.save_for_backward(sigma)
+        ctx.noise_dtype = None if noise is None else noise.dtype
         ctx.settings = (sigma_min, sigma_max, schedule, backend)
         return _flow_interpolate_fwd(data, sigma, noise, seed, *ctx.settings)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("flow_interpolate")
-        data, sigma, noise, seed = ctx.saved_tensors
-        ddata, dsigma, dnoise = _flow_interpolate_bwd(dy, data, sigma, noise, seed, *ctx.settings)
-        return ddata, dsigma, None if noise is None else dnoise, None, None, None, None, None
+        (sigma,) = ctx.saved_tensors
+        ddata, dnoise = _flow_interpolate_bwd(dy, sigma, ctx.noise_dtype, *ctx.settings)
+        return ddata, None, None if ctx.noise_dtype is None else dnoise, None, None, None, None, None
 
 
 def flow_interpolate(
@@ -245,16 +243,17 @@ def flow_interpolate(
     data: [B, ...]; sigma: fp32 [B] in [0, 1], 1 = pure noise; noise: of data's shape, or None; seed: int64 [2] =
     (seed, offset), or None. Exactly one of noise and seed. data and noise in fp32, bf16 or fp16, mixed freely; fp64
     only alone (sigma too). schedule: "linear" or "cosine", with 0 <= sigma_min < sigma_max. B may be 0.
-    Returns x_t of data's shape and dtype. Differentiable in data, sigma and noise.
+    Returns x_t of data's shape and dtype. Differentiable in data and noise.
     Numerics: fp32 arithmetic, one rounding at the store. Bitwise repeatable; with a seed, row b depends only on seed
     and offset + b, so a batch may be cut anywhere.
-    Raises ValueError for a wrong shape, dtype, device or setting, RuntimeError where the backend cannot run it.
+    Raises ValueError for a wrong shape, dtype, device or setting and for a sigma that requires grad, RuntimeError
+    where the backend asked for cannot run it.
     """
     _check(data, sigma, noise, seed, sigma_min, sigma_max, schedule)
     refuse_transforms("flow_interpolate")
     backend = BACKENDS.choose(data, sigma, noise, seed)
     settings = (noise, seed, float(sigma_min), float(sigma_max), schedule, backend)
     with torch.profiler.record_function("blip3o_fast.flow_interpolate"):
-        if needs_grad(data, sigma, noise):
+        if needs_grad(data, noise):
             return _FlowInterpolate.apply(data, sigma, *settings)
         return _flow_interpolate_fwd(data, sigma, *settings)

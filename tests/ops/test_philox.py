@@ -1,0 +1,144 @@
+"""The counter-based noise: Random123's known answers, exact integer arithmetic, and scipy's tests of the normals."""
+
+import math
+
+import numpy
+import pytest
+import torch
+from scipy import stats
+
+from blip3o_fast.ops._philox import (
+    PER_SAMPLE,
+    box_muller,
+    normal_noise,
+    normal_noise_at,
+    per_sample_uniform,
+    philox_4x32_10,
+    split_words,
+    uniform,
+)
+
+# Salmon et al. 2011, Random123's kat_vectors: counter, key, answer of philox4x32-10.
+KNOWN = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def words(text: str) -> list[torch.Tensor]:
+    return [torch.tensor(int(word, 16)) for word in text.split()]
+
+
+def exact_philox(counter: list[int], key: list[int]) -> list[int]:
+    """The paper's round function in Python's unbounded integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(second >> 32) ^ c[1] ^ k[0], second & 0xFFFFFFFF, (first >> 32) ^ c[3] ^ k[1], first & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_known_answers(counter, key, answer):
+    assert [f"{int(word):08x}" for word in philox_4x32_10(words(counter), words(key))] == answer.split()
+
+
+def test_every_word_is_exact():
+    counter, key = torch.randint(2**32, (4, 200)), torch.randint(2**32, (2, 200))
+    ours = torch.stack(philox_4x32_10(list(counter), list(key)))
+    for column in range(200):
+        expected = exact_philox(counter[:, column].tolist(), key[:, column].tolist())
+        assert ours[:, column].tolist() == expected
+
+
+def test_the_compiled_words_are_the_same():
+    """Inductor generates its own integer code; the products that pass 2^63 must wrap there too."""
+    counter, key = torch.randint(2**32, (4, 64)), torch.randint(2**32, (2, 64))
+    compiled = torch.compile(lambda c, k: torch.stack(philox_4x32_10(list(c), list(k))), backend="aot_eager")
+    assert torch.equal(compiled(counter, key), torch.stack(philox_4x32_10(list(counter), list(key))))
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**32 - 1, 2**32, 2**62 + 7, -1, -(2**63)])
+def test_split_words_reads_negative_seeds_as_64_bits(value):
+    low, high = split_words(torch.tensor(value))
+    assert int(low) + (int(high) << 32) == value % 2**64
+
+
+def test_uniform_never_gives_zero():
+    ends = uniform(torch.tensor([0, 1, 2**31, 2**32 - 1]))
+    assert ends.dtype == torch.float32
+    assert ends[0] == 2.0**-33 and ends[2] == pytest.approx(0.5) and ends[3] == 1.0
+    assert box_muller(tuple(torch.tensor([0, 2**32 - 1]) for _ in range(4))).isfinite().all()
+
+
+def test_normals_follow_the_written_layout():
+    """Counter, key and order as documented, computed element by element in exact integers and fp64."""
+    seed, offset, shape = -(2**40) + 11, 2**33 + 5, (3, 2, 5)
+    ours = normal_noise(torch.tensor([seed, offset]), shape)
+    key = [seed % 2**64 % 2**32, seed % 2**64 >> 32]
+    for row in range(3):
+        sample = offset + row
+        for element in range(10):
+            quad, position = element // 4, element % 4
+            w = exact_philox([quad % 2**32, quad >> 32, sample % 2**32, sample >> 32], key)
+            a, b = (w[0], w[1]) if position < 2 else (w[2], w[3])
+            radius = math.sqrt(-2 * math.log(a * 2.0**-32 + 2.0**-33))
+            angle = 2 * math.pi * (b * 2.0**-32 + 2.0**-33)
+            expected = radius * (math.cos(angle) if position % 2 == 0 else math.sin(angle))
+            error = abs(float(ours[row].flatten()[element]) - expected)
+            # near 2 pi, fp32's spacing of the angle is 5e-7
+            assert not error > 2e-6 * max(1.0, radius)
+
+
+def test_normals_are_standard_normal():
+    noise = normal_noise(torch.tensor([7, 0]), (64, 64, 64)).double().flatten().numpy()
+    assert stats.kstest(noise[:100_000], "norm").pvalue > 1e-3
+    count = noise.size
+    # mean, variance, skewness, kurtosis: within 4.5 standard errors of 0, 1, 0, 3
+    for moment, expected, deviation in ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5)):
+        assert abs((noise**moment).mean() - expected) <= 4.5 * deviation / count**0.5
+    assert numpy.abs(noise).max() > 4.5, "262144 normals must have a tail"
+
+
+def test_neighbours_are_uncorrelated():
+    noise = normal_noise(torch.tensor([7, 0]), (64, 64, 64)).double()
+    flat = noise.flatten()
+    for lag in (1, 2, 3, 4, 64):  # inside a quadruple, between quadruples, between tokens
+        assert abs(float((flat[:-lag] * flat[lag:]).mean())) <= 4.5 / flat.numel() ** 0.5
+        # squares too: Box-Muller pairs share their radius only in an independent way
+        squares = (flat[:-lag] ** 2 - 1) * (flat[lag:] ** 2 - 1)
+        assert abs(float(squares.mean())) <= 4.5 * 2 / flat.numel() ** 0.5
+    rows = noise.reshape(64, -1)
+    correlation = rows @ rows.T / rows.shape[1] - torch.eye(64)
+    assert float(correlation.abs().max()) <= 0.13
+    other = normal_noise(torch.tensor([8, 0]), (64, 64, 64)).double().flatten()
+    assert abs(float((flat * other).mean())) <= 4.5 / flat.numel() ** 0.5
+
+
+def test_a_batch_may_be_cut_anywhere():
+    whole = normal_noise(torch.tensor([3, 100]), (6, 3, 7))
+    for start, stop in ((0, 2), (2, 6), (5, 6), (3, 3)):
+        part = normal_noise(torch.tensor([3, 100 + start]), (stop - start, 3, 7))
+        assert torch.equal(part, whole[start:stop])
+    shuffled = torch.tensor([4, 0, 5])
+    assert torch.equal(normal_noise_at(3, 100 + shuffled, (3, 7)), whole[shuffled])
+    # the first elements do not depend on how many follow
+    assert torch.equal(normal_noise(torch.tensor([3, 100]), (6, 2, 7)).flatten(1), whole.flatten(1)[:, :14])
+
+
+def test_empty_shapes():
+    assert normal_noise(torch.tensor([3, 0]), (0, 4, 8)).shape == (0, 4, 8)
+    assert normal_noise(torch.tensor([3, 0]), (2, 0, 8)).shape == (2, 0, 8)
+
+
+def test_per_sample_draws_have_streams_of_their_own():
+    index = torch.arange(20_000)
+    first, second = per_sample_uniform(5, index, 0), per_sample_uniform(5, index, 1)
+    assert stats.kstest(first.numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(second.numpy(), "uniform").pvalue > 1e-3
+    assert abs(numpy.corrcoef(first.numpy(), second.numpy())[0, 1]) <= 4.5 / 20_000**0.5
+    # written out: counter (purpose, PER_SAMPLE, sample), which no element of a sample reaches
+    word = exact_philox([1, PER_SAMPLE, 7, 0], [5, 0])[0]
+    assert float(second[7]) == pytest.approx(word * 2.0**-32 + 2.0**-33, rel=1e-6)
