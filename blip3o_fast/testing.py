@@ -115,6 +115,18 @@ def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> No
         assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
 
 
+def assert_deterministic(function: Callable[..., Any], inputs: Mapping[str, Tensor | None], *upstream: Tensor) -> None:
+    """The same bits in every run, whether or not PyTorch is told to use deterministic algorithms."""
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        first = with_gradients(function, inputs, *upstream)
+        for deterministic in (True, False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            assert_same(first, with_gradients(function, inputs, *upstream))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def assert_needed_gradients(
     function: Callable[..., Any], inputs: Mapping[str, Tensor | None], *upstream: Tensor
 ) -> None:
