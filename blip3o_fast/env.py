@@ -26,14 +26,21 @@ VARIABLES = {
     "HF_HUB_OFFLINE": "1: the hub client never touches the network",
     "MKL_NUM_THREADS": "threads of the CPU matrix products",
     "OMP_NUM_THREADS": "threads of torch on the CPU",
+    "RANK": "number of this process, set by torchrun",
     "TORCH_LOGS": "what torch.compile prints",
     "TORCHINDUCTOR_CACHE_DIR": "where torch.compile keeps what it built",
     "TRITON_CACHE_DIR": "where Triton keeps what it built",
     "TRITON_INTERPRET": "1: Triton kernels run in Python, on CPU tensors",
+    "WANDB_API_KEY": "a login of wandb",
+    "WANDB_BASE_URL": "the server of wandb",
     "WANDB_MODE": "offline or disabled",
+    "WANDB_PROJECT": "project of the runs; wins over --wandb_project",
+    "WORLD_SIZE": "number of processes, set by torchrun",
     "XDG_CACHE_HOME": "the parent of the default cache folder",
 }
 
+# What the report says only that it is set.
+_SECRET = {"WANDB_API_KEY"}
 # distribution -> the extra that brings it ("" is the core)
 _LIBRARIES = {
     "torch": "",
@@ -59,6 +66,12 @@ def read(name: str) -> str | None:
     """The value of an environment variable, None where it is unset or empty. It must be listed in VARIABLES."""
     assert name in VARIABLES, f"{name} is not documented in env.VARIABLES"
     return os.environ.get(name) or None
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable for libraries that take a setting from nowhere else; one that is set stays as it is."""
+    assert name in VARIABLES, f"{name} is not documented in env.VARIABLES"
+    os.environ.setdefault(name, value)
 
 
 def cache_folder() -> Path:
@@ -219,7 +232,7 @@ def sections() -> Iterator[tuple[str, dict[str, str]]]:
     )
     yield "backends", backends()
     yield "attention", attention()
-    given = {name: value for name in VARIABLES if (value := read(name))}
+    given = {name: "(set)" if name in _SECRET else value for name in VARIABLES if (value := read(name))}
     yield "environment variables that are set", given or {"none": ""}
 
 

@@ -18,20 +18,21 @@ LAYERS = {
     "_ext": {"_C"},
     "env": set(),  # at module level; its report looks at everything, from inside functions
     "testing": set(),
+    "timing": set(),
     "ops": BELOW_OPS,
     "models": {"ops", "env"},
     "flow": {"ops", "env"},
     "sampling": {"models", "flow", "ops", "env"},
     "data": {"models", "env"},
-    "training": {"sampling", "data", "models", "flow", "ops", "env"},
+    "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "env"},
     "evaluation": {"sampling", "data", "models", "flow", "ops", "env"},
-    "demo": {"evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
+    "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
     "cli": {"cli_train", "demo", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
     "cli_train": {"training", "env"},
     "__main__": {"cli"},
 }
-# `data` knows of the models nothing but how features are normalised.
-ONLY = {("data", "models"): {"normalizer"}}
+# `data` knows of the models nothing but how features are normalised, `training` of the evaluation nothing but its metrics.
+ONLY = {("data", "models"): {"normalizer"}, ("training", "evaluation"): {"metrics"}}
 
 
 def python_files(folder: Path = PACKAGE) -> list[Path]:

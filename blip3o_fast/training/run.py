@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blip3o_fast import __version__
+from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.training import checkpoints, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
@@ -49,7 +48,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     data = prepare.load_data(settings, normalizer=getattr(start, "normalizer", None))
     _check_same_run(settings, earlier, data, resume)
     model = prepare.model_for(settings, data, start)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(env.read("WORLD_SIZE") or "1")
     steps = prepare.total_steps(settings, len(data.conditions), world)
     say(prepare.header(settings, data, model, device, steps, world))
     if warmup_steps(settings, steps) >= steps:
@@ -64,7 +63,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 def say(text: str) -> None:
     """Print from the main process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if (env.read("RANK") or "0") == "0":
         print(text, flush=True)
 
 

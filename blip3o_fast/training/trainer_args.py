@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import netrc
-import os
 
 from transformers import TrainingArguments
 
+from blip3o_fast import env
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
 
 WANDB_HOST = "api.wandb.ai"
@@ -19,7 +19,7 @@ def training_arguments(
     """The Trainer's own settings for a run of ``total_steps`` optimizer steps."""
     if wandb:
         # The Trainer's wandb callback reads the project from here alone in the oldest version that we support.
-        os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
+        env.set_default("WANDB_PROJECT", settings.wandb_project)
     args = TrainingArguments(
         output_dir=str(settings.output_dir),
         max_steps=total_steps,
@@ -66,12 +66,13 @@ def wandb_is_ready() -> tuple[bool, str]:
     """(True, "") or (False, one line that says how to turn it on), without importing wandb or asking the network."""
     if importlib.util.find_spec("wandb") is None:
         return False, 'wandb is off: not installed; turn it on with: pip install "blip3o_fast[wandb]" && wandb login'
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return os.environ["WANDB_MODE"] != "disabled", "wandb is off: WANDB_MODE=disabled"
-    if os.environ.get("WANDB_API_KEY"):
+    mode = env.read("WANDB_MODE")
+    if mode in ("offline", "disabled", "dryrun"):
+        return mode != "disabled", "wandb is off: WANDB_MODE=disabled"
+    if env.read("WANDB_API_KEY"):
         return True, ""
     try:
-        known = netrc.netrc().authenticators(os.environ.get("WANDB_BASE_URL", WANDB_HOST).removeprefix("https://"))
+        known = netrc.netrc().authenticators((env.read("WANDB_BASE_URL") or WANDB_HOST).removeprefix("https://"))
     except (OSError, netrc.NetrcParseError):
         known = None
     if known:
