@@ -186,7 +186,8 @@ def _backward_reference(
                 dz = torch.view_as_real(_pairs(dz, acc) * back).flatten(-2)
             dz = dz.flatten(2)
             if weight is not None:
-                statistics = mean[rows, :, i, None], rstd[rows, :, i, None]
+                # contiguous: torch's CPU kernel walks the statistics as if they had no stride
+                statistics = mean[rows, :, i, None].contiguous(), rstd[rows, :, i, None].contiguous()
                 z = x[rows, :, columns].to(acc)
                 dz, dw, db = torch.ops.aten.native_layer_norm_backward(dz, z, size, *statistics, weight, weight, _ALL)
                 dweight[columns] += dw
