@@ -120,13 +120,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_INTERRUPTED
     except typer.Exit as done:
         code = done.exit_code
-    except (ValueError, OSError, ModuleNotFoundError, UsageError) as error:
-        if env.read("BLIP3O_FAST_TRACEBACK"):
+    except Exception as error:
+        if env.read("BLIP3O_FAST_TRACEBACK") or not _is_expected(error):
             raise
         return _explain(error)
     if code == EXIT_INTERRUPTED:
         typer.echo("interrupted", err=True)
     return code if isinstance(code, int) else 0
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the error is a refusal with a message for the user; anything else is a defect and keeps its traceback."""
+    refusals = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, UsageError)
+    return isinstance(error, refusals) or type(error).__module__.startswith("blip3o_fast.")
 
 
 def _explain(error: Exception) -> int:

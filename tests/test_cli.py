@@ -106,12 +106,21 @@ def bad_app(error: BaseException) -> typer.Typer:
     return app
 
 
+@pytest.mark.parametrize("defect", [TypeError("defect"), RuntimeError("defect")])
+def test_a_defect_of_ours_keeps_its_traceback(defect: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", bad_app(defect))
+    with pytest.raises(type(defect), match="defect"):
+        main([])
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
         (ValueError("split must be one of all, train, eval, got 'test'"), "error: split must be one of"),
         (ValueError("bad\nhint: do this"), "error: bad\nhint: do this\n"),
         (FileNotFoundError("no file x"), "error: no file x\n"),
+        (FloatingPointError("the result has NaN"), "error: the result has NaN\n"),
+        (type("OurError", (RuntimeError,), {"__module__": "blip3o_fast.x"})("loss is nan"), "error: loss is nan\n"),
         (
             ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot"),
             'error: this needs matplotlib.pyplot, which is not installed\nhint: pip install "blip3o_fast[report]"\n',
@@ -132,12 +141,6 @@ def test_a_note_is_the_hint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(cli, "app", bad_app(error))
     assert main([]) == 2
     assert capsys.readouterr().err == "error: no pictures in x\nhint: give a folder with pictures\n"
-
-
-def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "app", bad_app(TypeError("defect")))
-    with pytest.raises(TypeError, match="defect"):
-        main([])
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

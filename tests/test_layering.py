@@ -31,7 +31,7 @@ LAYERS = {
     "cli_train": {"training", "env"},
     "__main__": {"cli"},
 }
-# `data` knows of the models nothing but how features are normalised, `training` of the evaluation nothing but its metrics.
+# `data` knows of the models nothing but how features are normalised; `training` of the evaluation only its metrics.
 ONLY = {("data", "models"): {"normalizer"}, ("training", "evaluation"): {"metrics"}}
 
 
