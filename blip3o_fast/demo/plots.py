@@ -32,59 +32,18 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean: a point never knows its future, so the curve's end is as honest as its middle."""
-    out = []
-    for end in range(1, len(values) + 1):
-        part = values[max(0, end - window) : end]
-        out.append(sum(part) / len(part))
-    return out
-
-
-def loss_curve(
-    train: Sequence[tuple[int, float]],
-    evaluation: Sequence[tuple[int, float]],
-    reference: Sequence[tuple[int, float]],
-    yardstick: dict[str, float],
-) -> bytes:
-    """Loss over steps, the committed reference run behind it, the yardstick's lines across it."""
-    figure, axes = _figure(9, 4.6)
-    if reference:
-        steps, losses = zip(*reference, strict=True)
-        axes.plot(steps, _smooth(losses, 5), color=GREY, lw=5, alpha=0.35, label="the project's own run")
-    steps, losses = zip(*train, strict=True)
-    axes.plot(steps, losses, color=BLUE, lw=0.8, alpha=0.35)
-    axes.plot(steps, _smooth(losses, 5), color=BLUE, lw=1.8, label="training loss (mean of 5 logs)")
-    if evaluation:
-        steps, losses = zip(*evaluation, strict=True)
-        axes.plot(steps, losses, color=ORANGE, lw=1.8, marker="o", ms=5, label="held-out loss, fixed noise")
-    styles = {"predicting zero": ":", "predicting the mean": "-.", "best linear, no condition": "--"}
-    for name, value in yardstick.items():
-        axes.axhline(value, color=GREEN, lw=1.2, ls=styles.get(name, "-"))
-        axes.annotate(
-            f"{name}: {value:.3f}", (0.995, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-            fontsize=8, color=GREEN,
-        )  # fmt: skip
-    axes.set(xlabel="optimizer step", ylabel="flow-matching loss (mean squared error of the velocity)")
-    axes.set_ylim(bottom=0, top=max(yardstick.values(), default=max(losses)) * 1.12)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
-    return _png(figure)
-
-
-def sigma_buckets(edges: Sequence[float], ours: Sequence[float], lines: dict[str, Sequence[float]]) -> bytes:
-    """Held-out loss per noise level, beside what the best linear velocity reaches there."""
-    figure, axes = _figure(9, 3.8)
-    labels = [f"{low:g} to {high:g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
-    series = {"this model": ours, **lines}
-    colors = (BLUE, GREEN, GREY, PURPLE)
-    width = 0.8 / len(series)
-    for index, (name, values) in enumerate(series.items()):
-        at = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
-        bars = axes.bar(at, values, width * 0.92, color=colors[index], label=name)
+def sigma_levels(levels: Sequence[float], ours: Sequence[float], linear: Sequence[float]) -> bytes:
+    """Held-out loss at each noise level, beside what the best linear velocity reaches there."""
+    figure, axes = _figure(9, 3.6)
+    series = {"this model": (ours, BLUE), "best linear velocity": (linear, GREY)}
+    for index, (name, (values, color)) in enumerate(series.items()):
+        at = [i + (index - 0.5) * 0.4 for i in range(len(levels))]
+        bars = axes.bar(at, values, 0.37, color=color, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(levels)), [f"{level:.2f}" for level in levels])
     axes.set(xlabel="noise level sigma (0 = data, 1 = noise)", ylabel="loss")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=2)
+    axes.set_ylim(top=1.18 * max(*ours, *linear))
     return _png(figure)
 
 

@@ -64,10 +64,8 @@ def test_figures_are_pictures(tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     row = {"condition": tmp_path / "a.png", "caption": "A frog.", "neighbour": tmp_path / "a.png",
            "generated": [(tmp_path / "a.png", True), (tmp_path / "a.png", False)]}  # fmt: skip
-    curve = [(step, 1 / step) for step in range(1, 9)]
     figures = [
-        plots.loss_curve(curve, curve[::3], curve, {"predicting zero": 1.2, "best linear": 0.6}),
-        plots.sigma_buckets([0, 0.5, 1], [0.4, 0.6], {"best linear": [0.5, 0.7]}),
+        plots.sigma_levels([0.25, 0.75], [0.4, 0.6], [0.5, 0.7]),
         plots.metric_bars({"model": 0.5, "ridge": 0.6}, chance=0.01, unit="recall@1", highlight="model"),
         plots.retrieval_sheet([row, row]),
     ]
@@ -77,7 +75,3 @@ def test_figures_are_pictures(tmp_path):
         with Image.open(path) as picture:
             picture.verify()
             assert picture.format == "PNG" and picture.size[0] > 300
-
-
-def test_smoothing_never_looks_ahead():
-    assert plots._smooth([1, 2, 3, 10], 2) == [1, 1.5, 2.5, 6.5]
