@@ -224,7 +224,10 @@ def _edges(sigma_edges: tuple[float, ...] | int) -> tuple[float, ...]:
 def _check_pair(prefix: str, condition: Tensor, target: Tensor) -> None:
     for name, tensor, axes in (("condition", condition, "n, L, E"), ("target", target, "n, T, C")):
         if not isinstance(tensor, Tensor) or tensor.dim() != 3 or not tensor.is_floating_point():
-            given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            given: object = type(tensor).__name__
+            if isinstance(tensor, Tensor):
+                kind = "" if tensor.is_floating_point() else f"{tensor.dtype} "
+                given = f"{kind}{tuple(tensor.shape)}"
             raise ValueError(f"{prefix}{name} must be a floating tensor of shape ({axes}), got {given}")
     if condition.shape[0] != target.shape[0] or target.numel() == 0 or condition.numel() == 0:
         raise ValueError(
