@@ -69,9 +69,8 @@ def run_demo(settings: DemoSettings) -> dict[str, float]:
         "pictures", "Pictures with captions, as webdataset tars", {"images": settings.images}, [tars], get_pictures
     )
     condition, target = ENCODERS[settings.encoders]
-    extract = stages.note(
-        "extract", "--images", tars, "--output_dir", embeddings, "--condition_encoder", condition, "--target_encoder", target
-    )  # fmt: skip
+    encoders = ["--condition_encoder", condition, "--target_encoder", target]
+    extract = stages.note("extract", "--images", tars, "--output_dir", embeddings, *encoders)
     stages.run(
         "extract", f"Features of two networks: {condition} -> {target}", {"command": extract},
         [embeddings / "meta.json"], lambda: stages.command(*extract),
