@@ -177,28 +177,10 @@ def backends() -> dict[str, str]:
 
 
 def attention() -> dict[str, str]:
-    """Each attention implementation -> whether it is usable here."""
-    import torch
+    """Each attention implementation that can be asked for by name -> "works" or the reason why it does not."""
+    from blip3o_fast.ops import attention_implementations
 
-    kinds = {"math": torch.nn.attention.SDPBackend.MATH, "flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION}
-    q = torch.zeros(1, 1, 64, 64)
-    usable = []
-    for name, kind in kinds.items():
-        try:
-            with torch.nn.attention.sdpa_kernel(kind):
-                torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        except RuntimeError:
-            continue
-        usable.append(name)
-    found = {
-        "reference": "works",
-        "sdpa": f"works in the eager model (on this CPU: {', '.join(usable)}); not a choice of the ops yet",
-    }
-    for distribution in ("flash_attn", "xformers"):
-        version = version_of(distribution)
-        state = f"{version} is installed, but not a choice of the ops yet" if version else "not installed"
-        found[distribution] = f"no: {state}"
-    return found
+    return {name: f"no: {reason}" if reason else "works" for name, reason in attention_implementations().items()}
 
 
 def sections() -> Iterator[tuple[str, dict[str, str]]]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_report_names_versions_and_every_backend() -> None:
     report = env.report()
     assert torch.__version__ in report
-    for word in ("python", "cpu", "memory", "gpu", "reference", "triton", "cuda", "sdpa", "flash_attn", "xformers"):
+    for word in ("python", "cpu", "memory", "gpu", "reference", "triton", "cuda", "sdpa", "flash-attn", "xformers"):
         assert re.search(rf"^  {word} ", report, re.MULTILINE), word
 
 
@@ -34,6 +34,19 @@ def test_the_backend_lines_are_what_the_backends_do() -> None:
         elif state.startswith("no"):
             with ops.use_backend(name), pytest.raises(RuntimeError, match="rms_norm_modulate"):
                 ops.rms_norm_modulate(x, weight)
+
+
+def test_the_attention_lines_are_what_the_choices_do() -> None:
+    from blip3o_fast import ops
+
+    q = torch.randn(1, 4, 2, 8)
+    for name, state in env.attention().items():
+        with ops.use_attention(name):
+            if state == "works":
+                assert ops.flash_attention(q, q, q).shape == q.shape
+            else:
+                with pytest.raises(RuntimeError, match=name):
+                    ops.flash_attention(q, q, q)
 
 
 def test_a_missing_extension_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,8 @@ def test_only_env_reads_the_environment() -> None:
 
 
 def op_names() -> set[str]:
-    return {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")}
+    """The ops; rope_table, which makes an argument of one of them, is public and no op."""
+    return {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")} - {"rope_table"}
 
 
 def test_every_op_has_one_name_in_every_folder() -> None:
