@@ -1,6 +1,8 @@
 """The documents speak of what exists, and the Python of the README does what it says."""
 
 import importlib.util
+import re
+import subprocess
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -91,3 +93,18 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     features, held_out = scope["features"], scope["held_out"]
     assert features.shape == held_out.targets.shape == (4, 64, 20)
     assert features.isfinite().all()
+
+
+def test_continuous_integration_runs_what_the_readme_says() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, ".ci/run is not executable"
+    readme = (ROOT / "README.md").read_text()
+    commands = [line for line in script.read_text().splitlines() if line.startswith("make ")]
+    assert commands == ["make lint", "make type", "make test"]
+    assert all(command in readme for command in commands)
+
+
+def test_make_help_lists_every_target() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)
+    assert listed == "help setup demo test test-all lint type docs bench clean".split()
