@@ -207,7 +207,7 @@ def _prepare(
     normalizer = getattr(model, "normalizer", None)
     check_solver(solver)
     _check_count("num_samples_per_condition", samples_each)
-    if isinstance(guidance_scale, Tensor) or not math.isfinite(guidance_scale):
+    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
     width = config.cross_attention_dim if normalizer is None else normalizer.condition.in_features
     _check_condition(condition, width, encoder_mask)
