@@ -111,7 +111,6 @@ def _check(
 # On a CPU samples are taken in chunks of about this many numbers per group: what one pass writes is still in the
 # cache when the next reads it.
 _CHUNK = 1 << 17
-_ALL = [True, True, True]
 
 
 def _chunks(x: Tensor) -> list[slice]:
@@ -178,7 +177,7 @@ def _backward_reference(
     # the opposite turn is the product with the conjugate
     back, first = None if rope is None else _pairs(rope.flatten(1), acc)[:, None].conj().resolve_conj(), 0
     for i, (weight, h) in enumerate(zip(weights, heads, strict=True)):
-        columns, size = slice(first * head_dim, (first + h) * head_dim), [h * head_dim]
+        columns = slice(first * head_dim, (first + h) * head_dim)
         weight = None if weight is None else weight.to(acc)
         for rows in _chunks(x[..., columns]):
             dz = dy[rows, :, first : first + h].to(acc)
@@ -187,11 +186,13 @@ def _backward_reference(
             dz = dz.flatten(2)
             if weight is not None:
                 # contiguous: torch's CPU kernel walks the statistics as if they had no stride
-                statistics = mean[rows, :, i, None].contiguous(), rstd[rows, :, i, None].contiguous()
-                z = x[rows, :, columns].to(acc)
-                dz, dw, db = torch.ops.aten.native_layer_norm_backward(dz, z, size, *statistics, weight, weight, _ALL)
-                dweight[columns] += dw
-                dbias[columns] += db
+                xhat = (x[rows, :, columns].to(acc) - mean[rows, :, i, None]).mul_(rstd[rows, :, i, None])
+                product = dz * xhat
+                dweight[columns] += product.sum((0, 1))
+                dbias[columns] += dz.sum((0, 1))
+                # sum(g) and sum(g * xhat) as matrix times weight: g itself is never stored
+                mean_g, along = ((t @ weight).div_(t.shape[-1])[..., None] for t in (dz, product))
+                dz = (dz * weight).sub_(mean_g).sub_(xhat.mul_(along)).mul_(rstd[rows, :, i, None])
             dx[rows, :, columns] = dz
         first += h
     return dx, dweight, dbias
