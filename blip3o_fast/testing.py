@@ -48,6 +48,19 @@ def assert_contract(ours: Tensor, eager: Tensor, gold: Tensor, name: str = "outp
     assert violation is None, f"{name}: {violation}"
 
 
+def assert_rounded_once(ours: Tensor, gold: Tensor, name: str = "output") -> None:
+    """Each element is the exact result rounded once to ours' half-precision dtype, give or take fp32 arithmetic.
+
+    Stricter than the contract, which allows what an eager sequence does: to round between its steps.
+    """
+    half_ulp = torch.finfo(ours.dtype).eps / 2
+    subnormal = torch.finfo(ours.dtype).smallest_normal * half_ulp
+    gold = gold.double()
+    bound = 1.001 * half_ulp * gold.abs() + subnormal + 1e-6 * gold.abs().amax()
+    excess = ((ours.double() - gold).abs() / bound).max().item()
+    assert excess <= 1, f"{name}: an element is {excess:.2f} times as far from the exact value as one rounding allows"
+
+
 # ---- one op against its eager sequence and its reference -------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from blip3o_fast.testing import (
     assert_deterministic,
     assert_needed_gradients,
     assert_op_contract,
+    assert_rounded_once,
     assert_transforms_refused,
     in_double,
     with_gradients,
@@ -60,6 +61,16 @@ def test_reference_is_rms_norm_gated_and_added():
 def test_contract(backend, shape, dtypes):
     with use_backend(backend):
         assert_op_contract(gated_residual, eager, gated_residual_ref, inputs(shape, dtypes), torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounds_once(backend, dtype):
+    named, dh = inputs((4, 64, 96), (dtype,) * 4), torch.randn(4, 64, 96).to(dtype)
+    with use_backend(backend):
+        ours = with_gradients(gated_residual, named, dh)
+    gold = with_gradients(gated_residual_ref, in_double(named), dh)
+    for name, value in ours.items():
+        assert_rounded_once(value, gold[name], name)
 
 
 def test_gradcheck():

@@ -23,7 +23,9 @@ from blip3o_fast.testing import (
     assert_deterministic,
     assert_needed_gradients,
     assert_op_contract,
+    assert_rounded_once,
     assert_transforms_refused,
+    in_double,
     with_gradients,
 )
 
@@ -138,6 +140,26 @@ def test_equals_the_two_ops(backend, dtypes):
         h, n = gated_residual_modulate(**named)
         assert torch.equal(h, gated_residual(x, y, gate, weight))
         assert torch.equal(n, rms_norm_modulate(h, next_weight, next_scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounds_once(backend, dtype):
+    """Against the same raw op in fp64 from the same saved h: the sum of h's two gradients is not rounded on the way."""
+    named = inputs((4, 64, 96), (dtype,) * 6)
+    forward, backward = OP._gated_residual_modulate_fwd, OP._gated_residual_modulate_bwd
+    h, n, rstd_y, rstd_h = forward(*named.values(), 1e-5, dtype, backend)
+    exact_h, _, _, _ = forward(*in_double(named).values(), 1e-5, torch.float64, "reference")
+    assert_rounded_once(h, exact_h, "h")
+    assert_rounded_once(n, rms_norm_modulate(h.double(), *list(in_double(named).values())[4:]), "n")
+    dh, dn = torch.randn(2, 4, 64, 96).to(dtype)
+    saved = [dh, dn, named["y"], h, *list(named.values())[2:]]
+    names = ("dx", "dy", "dgate", "dweight", "dnext_weight", "dnext_scale")
+    ours = backward(*saved, rstd_y, rstd_h, backend)
+    y, h = named["y"].double(), h.double()
+    rstds = [torch.rsqrt(t.square().mean(-1) + 1e-5) for t in (y, h)]
+    gold = backward(*[t.double() for t in saved], *rstds, "reference")
+    for name, mine, exact in zip(names, ours, gold, strict=True):
+        assert_rounded_once(mine, exact, name)
 
 
 @SCALED

@@ -15,7 +15,9 @@ from blip3o_fast.testing import (
     assert_deterministic,
     assert_needed_gradients,
     assert_op_contract,
+    assert_rounded_once,
     assert_transforms_refused,
+    in_double,
     with_gradients,
 )
 
@@ -59,6 +61,16 @@ def test_contract(backend, shape, dtypes):
         assert_op_contract(
             layer_norm_modulate, eager, layer_norm_modulate_ref, inputs(shape, dtypes), torch.randn(shape)
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounds_once(backend, dtype):
+    named, dy = inputs((4, 64, 96), (dtype,) * 2), torch.randn(4, 64, 96).to(dtype)
+    with use_backend(backend):
+        ours = with_gradients(layer_norm_modulate, named, dy)
+    gold = with_gradients(layer_norm_modulate_ref, in_double(named), dy)
+    for name, value in ours.items():
+        assert_rounded_once(value, gold[name], name)
 
 
 def test_gradcheck():

@@ -108,6 +108,7 @@ def test_adjacent():
     assert not adjacent([w1, w0]), "another order"
     assert not adjacent([w0, w2]), "a gap"
     assert not adjacent([w0, w1.clone()]), "another storage"
+    assert not adjacent([w0, torch.randn(9, 4)[2:5]]), "another storage, at the very offset that would follow"
     assert not adjacent([w0, w0]), "twice the same"
     assert not adjacent([torch.randn(4, 2).t(), w1]), "transposed"
     wide = torch.randn(6, 8)[:, :4]
@@ -297,6 +298,16 @@ def test_many_weights_apart_do_not_round_between(dtype):
     gold = with_gradients(REFERENCE, {name: value.double() for name, value in apart.items()}, dy.to(dtype))["dx"]
     for dx in (first, second):
         assert (dx.double() - gold).abs().max() <= torch.finfo(dtype).eps * gold.abs().max()
+
+
+def test_bias_gradients_keep_fp32_under_autocast():
+    """Stock autocast rounds them to half precision on their way; a sum over all rows deserves better."""
+    named = inputs((2, 300), biased=True)
+    dy = upstream_of(named).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        results = with_gradients(OURS, named, dy)
+    ours = torch.cat([results[f"db{i}"] for i in range(3)])
+    torch.testing.assert_close(ours.double(), dy.double().sum((0, 1)), rtol=1e-6, atol=1e-6)
 
 
 def test_saves_only_the_inputs():

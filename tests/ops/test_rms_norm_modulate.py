@@ -15,7 +15,9 @@ from blip3o_fast.testing import (
     assert_deterministic,
     assert_needed_gradients,
     assert_op_contract,
+    assert_rounded_once,
     assert_transforms_refused,
+    in_double,
     with_gradients,
 )
 
@@ -76,6 +78,15 @@ def test_contract(backend, shape, dtypes, scaled):
                 rms_norm_modulate(**named)
         else:
             assert_op_contract(rms_norm_modulate, eager, rms_norm_modulate_ref, named, torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounds_once(dtype):
+    named, dy = inputs((4, 64, 96), (dtype,) * 3), torch.randn(4, 64, 96).to(dtype)
+    ours = with_gradients(rms_norm_modulate, named, dy)
+    gold = with_gradients(rms_norm_modulate_ref, in_double(named), dy)
+    for name, value in ours.items():
+        assert_rounded_once(value, gold[name], name)
 
 
 @SCALED

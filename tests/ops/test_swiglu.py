@@ -16,6 +16,7 @@ from blip3o_fast.testing import (
     assert_deterministic,
     assert_needed_gradients,
     assert_op_contract,
+    assert_rounded_once,
     assert_transforms_refused,
     with_gradients,
 )
@@ -56,6 +57,16 @@ def test_contract(backend, shape, dtype):
         assert_op_contract(
             swiglu, eager, swiglu_ref, {"gate_up": 3 * torch.randn(shape).to(dtype)}, torch.randn(halved(shape))
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounds_once(backend, dtype):
+    inputs, dy = {"gate_up": torch.randn(4, 64, 96).to(dtype)}, torch.randn(4, 64, 48).to(dtype)
+    with use_backend(backend):
+        ours = with_gradients(swiglu, inputs, dy)
+    gold = with_gradients(swiglu_ref, {"gate_up": inputs["gate_up"].double()}, dy)
+    for name, value in ours.items():
+        assert_rounded_once(value, gold[name], name)
 
 
 def test_gradcheck():
