@@ -14,6 +14,7 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_train import train
+from blip3o_fast.cli_verbs import demo, evaluate, sample, show_env
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -26,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="train")(train)
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,13 +47,10 @@ def top(
     """
 
 
-@app.command(name="env")
-def show_env() -> None:
-    """Print versions, devices, and which backends work here and why others do not; paste it into a bug report.
-
-    Example:  blip3o-fast env
-    """
-    typer.echo(env.report(), nl=False)
+# In the order of the job, which is the order in which help lists them.
+VERBS = {"train": train, "sample": sample, "evaluate": evaluate, "demo": demo, "env": show_env}
+for name, verb in VERBS.items():
+    app.command(name=name)(verb)
 
 
 def _usage_error(error: Exception) -> tuple[str, str | None]:

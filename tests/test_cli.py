@@ -11,7 +11,6 @@ import typer
 
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
-from blip3o_fast.cli_train import train
 
 VERBS = ("env", "extract", "train", "sample", "evaluate", "demo")
 
@@ -77,12 +76,37 @@ def test_hyphens_in_flags_are_underscores(argv: list[str], expected: list[str]) 
     assert normalized(argv) == expected
 
 
-def test_train_has_every_setting_with_its_default() -> None:
+def settings_class(verb: str) -> type:
+    from blip3o_fast.demo.run import DemoSettings
+    from blip3o_fast.evaluation.evaluate import EvaluateSettings
+    from blip3o_fast.evaluation.samples import SampleSettings
     from blip3o_fast.training.arguments import TrainSettings
 
-    flags = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    settings = {f.name: (inspect.Parameter.empty if f.default is MISSING else f.default) for f in fields(TrainSettings)}
-    assert flags == settings
+    return {"train": TrainSettings, "sample": SampleSettings, "evaluate": EvaluateSettings, "demo": DemoSettings}[verb]
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo"])
+def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
+    def plain(value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    flags = {name: plain(p.default) for name, p in inspect.signature(cli.VERBS[verb]).parameters.items()}
+    expected = {
+        f.name: inspect.Parameter.empty if f.default is MISSING else plain(f.default)
+        for f in fields(settings_class(verb))
+    }
+    assert flags == expected
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo"])
+def test_flags_are_named_as_their_settings(verb: str) -> None:
+    import typer.main
+
+    command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
+    flags = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} - {"--help", "-h"}
+    for f in fields(settings_class(verb)):
+        assert f"--{f.name}" in flags
+    assert not [flag for flag in flags if "-" in flag[2:]], "flags are written with underscores"
 
 
 def test_train_passes_every_flag_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""The flags of the verbs beside `train`: one parameter per field of the settings class that the verb fills.
+
+Names and defaults are those of the classes; a test compares them. They are repeated here because the classes need
+torch, and help must not.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blip3o_fast import env
+
+
+def option(name: str, text: str, panel: str | None = None) -> Any:
+    return typer.Option(f"--{name}", help=text, rich_help_panel=panel)
+
+
+def show_env() -> None:
+    """Print versions, devices, and which backends work here and why others do not; paste it into a bug report.
+
+    Example:
+
+      blip3o-fast env
+    """
+    typer.echo(env.report(), nl=False)
+
+
+def sample(
+    model: Annotated[str, option("model", "A run's folder, a checkpoint's folder or a hub name.")],
+    embeddings_path: Annotated[Path, option("embeddings_path", "The embeddings whose conditions are sampled.")],
+    output: Annotated[Path, option("output", "The file that is written.")] = Path("samples.safetensors"),
+    split: Annotated[str, option("split", "eval, train or all.")] = "eval",
+    eval_split: Annotated[float, option("eval_split", "As in training, or other pictures are held out.")] = 0.1,
+    num_samples: Annotated[int | None, option("num_samples", "Only the first so many pictures of the split.")] = None,
+    num_steps: Annotated[int, option("num_steps", "ODE steps.")] = 30,
+    guidance_scale: Annotated[float, option("guidance_scale", "1 is none, 0 ignores the condition.")] = 2.0,
+    solver: Annotated[str, option("solver", "euler, midpoint, heun or ab2.")] = "euler",
+    batch_size: Annotated[int, option("batch_size", "Pictures at a time; changes nothing in the result.")] = 64,
+    seed: Annotated[int, option("seed", "Of the noise.")] = 0,
+    device: Annotated[str, option("device", "auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Generate features for the conditions of a split, into one safetensors file.
+
+    Example:
+
+      blip3o-fast sample --model runs/first --embeddings_path runs/embeddings --output runs/samples.safetensors
+    """
+    given = locals()
+    from blip3o_fast.evaluation.samples import SampleSettings, sample_to_file
+
+    sample_to_file(SampleSettings(**given))
+
+
+def evaluate(
+    model: Annotated[str, option("model", "A run's folder, a checkpoint's folder or a hub name.")],
+    embeddings_path: Annotated[Path, option("embeddings_path", "The embeddings that were trained on.")],
+    output: Annotated[Path | None, option("output", "A JSON file for the numbers.")] = None,
+    split: Annotated[str, option("split", "eval: the baselines are fitted on the rest.")] = "eval",
+    eval_split: Annotated[float, option("eval_split", "As in training, or other pictures are held out.")] = 0.1,
+    num_samples: Annotated[int | None, option("num_samples", "Only the first so many pictures of the split.")] = None,
+    num_steps: Annotated[int, option("num_steps", "ODE steps.")] = 30,
+    guidance_scale: Annotated[float, option("guidance_scale", "1 is none, 0 ignores the condition.")] = 2.0,
+    solver: Annotated[str, option("solver", "euler, midpoint, heun or ab2.")] = "euler",
+    batch_size: Annotated[int, option("batch_size", "Pictures at a time; changes nothing in the result.")] = 64,
+    seed: Annotated[int, option("seed", "Of the noise.")] = 0,
+    device: Annotated[str, option("device", "auto, cpu or cuda.")] = "auto",
+    samples: Annotated[Path | None, option("samples", "A file that `sample` wrote, instead of sampling again.")] = None,
+    unconditional: Annotated[
+        bool,
+        typer.Option("--unconditional/--no_unconditional", help="Also sample without a condition, to compare."),
+    ] = True,
+) -> None:
+    """Judge a trained model on held-out pictures, beside chance and honest baselines.
+
+    Examples:
+
+      blip3o-fast evaluate --model runs/first --embeddings_path runs/embeddings
+
+      blip3o-fast evaluate --model runs/first --embeddings_path runs/embeddings --samples runs/samples.safetensors
+    """
+    given = locals()
+    from blip3o_fast.evaluation.evaluate import EvaluateSettings, evaluate_checkpoint
+
+    evaluate_checkpoint(EvaluateSettings(**given))
+
+
+def demo(
+    output_dir: Annotated[Path, option("output_dir", "Where everything lands.")] = Path("runs/demo"),
+    images: Annotated[str, option("images", "A folder of 32 or more pictures, instead of fetching some.")] = "",
+    encoders: Annotated[str, option("encoders", "efficientnet (packages), clip or full (hub).")] = "efficientnet",
+    train_steps: Annotated[int, option("train_steps", "Training steps.")] = 500,
+    seed: Annotated[int, option("seed", "Of weights, order and noise.")] = 0,
+) -> None:
+    """The whole job on real pictures: fetch, extract, train, sample, judge, compare with diffusers, report.
+
+    What is done is kept: running it again, also after Ctrl-C, continues.
+
+    Examples:
+
+      blip3o-fast demo
+
+      blip3o-fast demo --images my_pictures --output_dir runs/mine
+    """
+    given = locals()
+    from blip3o_fast.demo.run import DemoSettings, run_demo
+
+    run_demo(DemoSettings(**given))
