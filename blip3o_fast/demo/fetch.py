@@ -5,95 +5,49 @@ downloaded with `apt-get download` and unpacked with `dpkg-deb -x` into the demo
 Pictures are fetched when the demo runs and are not part of this project.
 """
 
-import io
-import json
+import itertools
 import os
 import re
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import typer
 from tqdm import tqdm
 
+from blip3o_fast.data.images import EXTENSIONS, Skipped, folder_pictures, picture_files, tar_pictures, write_tars
+
 PACKAGE = "tuxpaint-stamps-default"
 HUB_DATASET, HUB_FILE, HUB_PICTURES = "BLIP3o/BLIP3o-Pretrain-Short-Caption", "00000.tar", 800
 MIN_PICTURES = 32
 PER_TAR = 200
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _VARIANT = re.compile(r"_(mirror|flip|mirrorflip)$")  # drawn by hand for Tux Paint's mirror and flip buttons
-_MAX_MEMBER = 64 * 2**20  # no picture of the hub's shard comes near it
 _HINT = "\nhint: make demo IMAGES=folder takes your own pictures (at least 32; a caption in a .txt beside each is used)"
 
 
 def pictures_to_tars(images: str, cache: Path, tars: Path) -> int:
     """Fetch pictures (or take those of the folder `images`) and write them as webdataset tars. Returns their number.
 
-    Beside `tars` lies pictures.json, which maps each key to its file for the report. Both appear whole or not at all.
-    Raises ValueError where there are too few pictures or none can be fetched.
+    `tars` appears whole or not at all. Raises ValueError where there are too few pictures or none can be fetched.
     """
     folder = Path(images) if images else fetch(cache)
-    found = list(find_pictures(folder))
-    if len(found) < MIN_PICTURES:
+    files = picture_files(folder, keep=lambda path: not _VARIANT.search(path.stem))
+    if len(files) < MIN_PICTURES:
         raise ValueError(
-            f"images must hold at least {MIN_PICTURES} pictures ({', '.join(sorted(SUFFIXES))}), "
-            f"{folder} has {len(found)}"
+            f"images must hold at least {MIN_PICTURES} pictures ({', '.join(EXTENSIONS)}), {folder} has {len(files)}"
         )
     beside = tars.with_name(tars.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    paths = {}
-    for start in range(0, len(found), PER_TAR):
-        with tarfile.open(beside / f"{start // PER_TAR:05d}.tar", "w") as tar:
-            for path in found[start : start + PER_TAR]:
-                key = picture_key(folder, path)
-                paths[key] = str(path.resolve())
-                _add(tar, key + path.suffix.lower(), path.read_bytes())
-                _add(tar, key + ".txt", caption(path).encode())
-    index = tars.with_name("pictures.json")
-    index.with_suffix(".part").write_text(json.dumps(paths, indent=0))
-    os.replace(index.with_suffix(".part"), index)
+    skipped = Skipped()
+    write_tars(folder_pictures(folder, files, skipped), beside, PER_TAR)
+    if skipped:
+        typer.echo(f"      skipped {len(skipped)}: {skipped}")
     shutil.rmtree(tars, ignore_errors=True)
     os.replace(beside, tars)
-    return len(found)
-
-
-def picture_paths(folder: Path) -> dict[str, Path]:
-    """Key to picture file, as `pictures_to_tars` left it in the demo's folder."""
-    return {key: Path(path) for key, path in json.loads((folder / "pictures.json").read_text()).items()}
-
-
-def find_pictures(folder: Path) -> Iterator[Path]:
-    """Every picture below `folder` in a fixed order, without Tux Paint's mirrored and flipped variants."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not _VARIANT.search(path.stem):
-            yield path
-
-
-def picture_key(folder: Path, path: Path) -> str:
-    """The path below `folder` as one name: a webdataset key ends at its first dot and has no slash."""
-    return re.sub(r"[^\w-]+", "-", path.relative_to(folder).with_suffix("").as_posix())
-
-
-def caption(path: Path) -> str:
-    """The first line of the .txt beside a picture, else its name in words."""
-    text = path.with_suffix(".txt")
-    if text.is_file():
-        first = text.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
-        if first:
-            return first
-    return path.stem.replace("_", " ").replace("-", " ")
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # owner, mode and time stay at their defaults: the same pictures, the same tar
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    return len(files) - len(skipped)
 
 
 # ---- where the pictures come from ----------------------------------------------------------------------------------
@@ -221,26 +175,8 @@ def _from_hub(folder: Path) -> None:
 
 
 def save_pictures(stream: IO[bytes], folder: Path, count: int) -> None:
-    """The first `count` pictures and captions of a tar that is read as it arrives; nothing is extracted by name."""
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
-        _save(tar, folder, count)
-
-
-def _save(members: Iterable[tarfile.TarInfo], folder: Path, count: int) -> None:
-    pictures: set[str] = set()
-    bar = tqdm(total=count, unit="picture", desc=f"      {HUB_DATASET}", disable=None)
-    for member in members:
-        key, suffix = os.path.splitext(os.path.basename(member.name))
-        suffix = suffix.lower()
-        if not member.isfile() or member.size > _MAX_MEMBER or suffix not in {*SUFFIXES, ".txt"}:
-            continue
-        if key not in pictures and len(pictures) == count:
-            break
-        assert isinstance(members, tarfile.TarFile)
-        source = members.extractfile(member)
-        assert source is not None, "a regular file has contents"
-        (folder / (re.sub(r"[^\w-]+", "-", key) + suffix)).write_bytes(source.read())
-        if suffix != ".txt":
-            pictures.add(key)
-            bar.update()
-    bar.close()
+    """The first `count` pictures and captions of a tar that is read as it arrives; no member's name becomes a path."""
+    pictures = itertools.islice(tar_pictures(Path(HUB_FILE), Skipped(), stream), count)
+    for number, picture in enumerate(tqdm(pictures, total=count, unit="picture", desc="      pictures", disable=None)):
+        (folder / f"{number:05d}{picture.extension}").write_bytes(picture.data)
+        (folder / f"{number:05d}.txt").write_text(picture.caption)

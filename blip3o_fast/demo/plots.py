@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 # Okabe and Ito's colours, distinguishable with every common colour blindness, on white and on dark pages alike.
@@ -64,7 +63,8 @@ def metric_bars(rows: dict[str, float], *, chance: float | None, unit: str, high
 def retrieval_sheet(rows: Sequence[dict[str, Any]]) -> bytes:
     """One row per held-out picture: the condition, the truth's nearest neighbour, the generated embedding's four.
 
-    rows: {"condition": path, "caption": text, "neighbour": path, "generated": [(path, is_the_picture_itself), ...]}
+    rows: {"condition": PIL image, "caption": text, "neighbour": PIL image, "generated": [(PIL image, whether it is the
+    very picture), ...]}
     """
     import matplotlib
 
@@ -81,19 +81,17 @@ def retrieval_sheet(rows: Sequence[dict[str, Any]]) -> bytes:
         _cell(cells[0], row["condition"], BLUE)
         cells[0].set_xlabel(row["caption"][:26], fontsize=8)
         _cell(cells[1], row["neighbour"], None)
-        for cell, (path, itself) in zip(cells[2:], row["generated"], strict=True):
-            _cell(cell, path, GREEN if itself else None)
+        for cell, (picture, itself) in zip(cells[2:], row["generated"], strict=True):
+            _cell(cell, picture, GREEN if itself else None)
     for cell, title in zip(grid[0], titles, strict=True):
         cell.set_title(title, fontsize=9)
     return _png(figure)
 
 
-def _cell(axes: Any, path: Path, frame: str | None) -> None:
-    from blip3o_fast.data.images import open_image
-
-    picture = open_image(path)
-    picture.thumbnail((220, 220))
-    axes.imshow(picture)
+def _cell(axes: Any, picture: Any, frame: str | None) -> None:
+    small = picture.copy()
+    small.thumbnail((220, 220))
+    axes.imshow(small)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -17,6 +17,7 @@ import typer
 from torch import Tensor
 
 from blip3o_fast import __version__
+from blip3o_fast.data.images import Skipped, decode, tar_pictures
 from blip3o_fast.demo import fetch, plots
 from blip3o_fast.demo.report import Report, headline, render
 from blip3o_fast.demo.stages import Stages, write_text
@@ -206,23 +207,33 @@ def _sheet(folder: Path, rows: int = 8, found: int = 4) -> bytes:
         return torch.nn.functional.normalize(tokens.mean(1) - mean, dim=-1)
 
     gallery = pooled(everything.targets)
-    paths = fetch.picture_paths(folder)
     chosen = torch.linspace(0, len(generated) - 1, rows).long().tolist()
     nearest_true = gallery[held_out.indices[chosen]] @ gallery.T
     nearest_true[torch.arange(rows), held_out.indices[chosen]] = -2  # not the picture itself
     nearest_generated = (pooled(generated[chosen]) @ gallery.T).topk(found).indices
-    sheet = []
-    for row, index in enumerate(chosen):
-        own = int(held_out.indices[index])
-        sheet.append(
+    keys = everything.keys
+    owns = held_out.indices[chosen].tolist()
+    neighbours = nearest_true.argmax(1).tolist()
+    pictures = _pictures(
+        folder / "tars", {keys[i] for i in [*owns, *neighbours, *nearest_generated.flatten().tolist()]}
+    )
+    return plots.retrieval_sheet(
+        [
             {
-                "condition": paths[everything.keys[own]],
+                "condition": pictures[keys[own]],
                 "caption": everything.captions[own],
-                "neighbour": paths[everything.keys[int(nearest_true[row].argmax())]],
-                "generated": [(paths[everything.keys[int(i)]], int(i) == own) for i in nearest_generated[row]],
+                "neighbour": pictures[keys[neighbour]],
+                "generated": [(pictures[keys[i]], i == own) for i in nearest],
             }
-        )
-    return plots.retrieval_sheet(sheet)
+            for own, neighbour, nearest in zip(owns, neighbours, nearest_generated.tolist(), strict=True)
+        ]
+    )
+
+
+def _pictures(tars: Path, keys: set[str]) -> dict[str, Any]:
+    """The pictures of these keys, decoded."""
+    sources = [picture for tar in sorted(tars.glob("*.tar")) for picture in tar_pictures(tar, Skipped())]
+    return {picture.key: decode(picture.data) for picture in sources if picture.key in keys}
 
 
 def _facts(settings: DemoSettings, metrics: dict[str, float]) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Stages:
         self.history.append([name, done["finished"]])
         self.seconds[title] = done["seconds"]
 
-    def command(self, *arguments: str | Path) -> None:
+    def command(self, *arguments: object) -> None:
         """Run one verb of our own command line, shown as the user would type it. RuntimeError where it fails."""
         words = [str(argument) for argument in arguments]
         typer.echo("      $ blip3o-fast " + " ".join(words))
@@ -60,7 +60,7 @@ class Stages:
         if code != 0:
             raise ValueError(f"`blip3o-fast {words[0]}` ended with exit code {code}; its own message stands above")
 
-    def note(self, *arguments: str | Path) -> list[str]:
+    def note(self, *arguments: object) -> list[str]:
         """Remember a verb's command line for the report and return its words."""
         words = [str(argument) for argument in arguments]
         self.commands.append("blip3o-fast " + " ".join(words))

@@ -61,9 +61,8 @@ def test_every_metric_says_what_it_is():
 
 
 def test_figures_are_pictures(tmp_path):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    row = {"condition": tmp_path / "a.png", "caption": "A frog.", "neighbour": tmp_path / "a.png",
-           "generated": [(tmp_path / "a.png", True), (tmp_path / "a.png", False)]}  # fmt: skip
+    red = Image.new("RGB", (40, 30), "red")
+    row = {"condition": red, "caption": "A frog.", "neighbour": red, "generated": [(red, True), (red, False)]}
     figures = [
         plots.sigma_levels([0.25, 0.75], [0.4, 0.6], [0.5, 0.7]),
         plots.metric_bars({"model": 0.5, "ridge": 0.6}, chance=0.01, unit="recall@1", highlight="model"),
