@@ -1,6 +1,7 @@
 """What `import blip3o_fast` and `--help` may cost, and what they must not load: measured in fresh processes."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -52,29 +53,29 @@ def test_the_library_loads_torch_and_no_framework() -> None:
 
 
 def test_import_takes_under_a_fifth_of_a_second_beyond_torch() -> None:
-    """The best of five: the budget is about our work, not about a busy machine."""
-    times = [
+    """Seconds of the processor, the best of five: the budget is about our work, not about a busy machine."""
+    seconds = [
         run(
             "import torch, time\n"
-            "start = time.perf_counter()\n"
+            "start = time.process_time()\n"
             "import blip3o_fast\n"
-            "result['bare'] = time.perf_counter() - start"
-        )["bare"]
+            "result['seconds'] = time.process_time() - start"
+        )["seconds"]
         for _ in range(5)
     ]
-    assert min(times) < 0.2, times
+    assert min(seconds) < 0.2, seconds
 
 
 def test_help_takes_under_four_tenths_of_a_second() -> None:
-    import time
-
+    """The whole process, interpreter included; counted as above."""
     command = [sys.executable, "-m", "blip3o_fast", "--help"]
-    times = []
+    seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.4, times
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(seconds) < 0.4, seconds
 
 
 def test_help_loads_no_torch() -> None:
