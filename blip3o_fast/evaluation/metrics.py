@@ -8,6 +8,8 @@ scipy nor scikit-learn.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -106,39 +108,55 @@ def recall_at_k(generated: Tensor, target: Tensor, mean: Tensor, ks: tuple[int, 
     return {k: hit / len(query) for k, hit in hits.items()}
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of vectors, in squared feature units.
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean ``[C]`` and covariance ``root' root`` of a set of vectors, float64; fitted once, compared with many."""
 
-        ``|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))``     (Heusel et al. 2017,
-        arXiv:1706.08500)
+    mean: Tensor
+    root: Tensor  # [min(n, C), C]
 
-    with unbiased covariances. With ``S1 = A'A`` and ``S2 = B'B`` the last trace is the nuclear norm
-    of ``A B'``: no matrix square root is taken, so rank-deficient covariances (fewer vectors than
-    channels) lose no accuracy.
-
-    Args:
-        first, second: ``[n, ..., C]`` and ``[m, ..., C]``; all leading axes are samples. The
-        distance falls with the
-            number of samples, so compare only numbers from equally large sets.
-    """
-    roots, means, traces = [], [], 0.0
-    for name, value in (("first", first), ("second", second)):
-        if value.ndim < 2 or not value.is_floating_point():
-            raise ValueError(f"{name} must be a floating [n, ..., C] tensor, got {list(value.shape)} of {value.dtype}")
-        rows = value.reshape(-1, value.shape[-1]).double()
+    @classmethod
+    def fit(cls, features: Tensor, name: str = "features") -> Gaussian:
+        """Fit ``[n, ..., C]`` (all leading axes are samples), with the unbiased covariance."""
+        if features.ndim < 2 or not features.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating [n, ..., C] tensor, got {list(features.shape)} of {features.dtype}"
+            )
+        rows = features.reshape(-1, features.shape[-1]).double()
         if len(rows) < 2:
             raise ValueError(f"{name} must hold at least 2 vectors for a covariance, got {len(rows)}")
         mean = rows.mean(0)
         root = (rows - mean) / (len(rows) - 1) ** 0.5
-        traces += float(root.square().sum())
         if root.shape[0] > root.shape[1]:
             # R of a QR decomposition has the same R'R and only C rows.
             root = torch.linalg.qr(root, mode="r").R
-        means.append(mean)
-        roots.append(root)
-    if roots[0].shape[1] != roots[1].shape[1]:
-        raise ValueError(f"first and second have {roots[0].shape[1]} and {roots[1].shape[1]} channels")
-    cross = torch.linalg.svdvals(roots[0] @ roots[1].to(roots[0].device).T).sum()
-    offset = (means[0] - means[1].to(means[0].device)).square().sum()
-    # Rounding may leave -1e-15 where two sets are equal.
-    return max(0.0, float(offset) + traces - 2 * float(cross))
+        return cls(mean, root)
+
+    def distance(self, other: Gaussian) -> float:
+        """Fréchet distance to another Gaussian, see `frechet_distance`."""
+        if len(self.mean) != len(other.mean):
+            raise ValueError(f"first and second have {len(self.mean)} and {len(other.mean)} channels")
+        cross = torch.linalg.svdvals(self.root @ other.root.to(self.root.device).T).sum()
+        offset = (self.mean - other.mean.to(self.mean.device)).square().sum()
+        traces = float(self.root.square().sum()) + float(other.root.square().sum())
+        # Rounding may leave -1e-15 where two sets are equal.
+        return max(0.0, float(offset) + traces - 2 * float(cross))
+
+
+def frechet_distance(first: Tensor | Gaussian, second: Tensor | Gaussian) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of vectors, in squared feature units.
+
+        ``|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))``     (Heusel et al. 2017, arXiv:1706.08500)
+
+    with unbiased covariances. With ``S1 = A'A`` and ``S2 = B'B`` the last trace is the nuclear norm of ``A B'``: no
+    matrix square root is taken, so rank-deficient covariances (fewer vectors than channels) lose no accuracy.
+
+    Args:
+        first, second: ``[n, ..., C]`` and ``[m, ..., C]``, or fitted `Gaussian`s. The distance falls with the number of
+            samples, so compare only numbers from equally large sets.
+    """
+    fits = [
+        given if isinstance(given, Gaussian) else Gaussian.fit(given, name)
+        for name, given in (("first", first), ("second", second))
+    ]
+    return fits[0].distance(fits[1])

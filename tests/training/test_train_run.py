@@ -1,0 +1,251 @@
+"""`train(settings)` end to end on a small network, and everything that it refuses or says first."""
+
+import json
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.training import checkpoints, prepare, run
+from blip3o_fast.training.arguments import TrainSettings
+from blip3o_fast.training.run import train
+
+SMALL = {
+    "model_dim": 16, "num_layers": 1, "num_heads": 2, "multiple_of": 8, "batch_size": 4, "learning_rate": 1e-2,
+    "max_steps": 6, "save_steps": 3, "logging_steps": 2, "eval_steps": 3, "eval_generation_samples": 4,
+    "num_inference_steps": 2, "normalize": "pca:4", "no_wandb": True, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(embeddings, tmp_path):
+    def make(**changes):
+        return TrainSettings(embeddings, tmp_path / "run", **SMALL | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(embeddings, tmp_path_factory):
+    """A finished run, for the tests that only look at it."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    result = train(TrainSettings(embeddings, output, **SMALL))
+    return output, result
+
+
+def test_a_finished_run_is_a_model_with_its_history(finished):
+    output, result = finished
+    assert result["status"] == "finished" and result["step"] == 6
+    model = BLIP3oDiT.from_pretrained(output)
+    assert (model.config.in_channels, model.config.cross_attention_dim, model.config.sample_size) == (4, 12, 4)
+    assert model.normalizer.target.spec == "pca:4" and model.normalizer.target.in_features == 6
+    # The trained model is the average, which the last checkpoint also has.
+    average = load_file(output / "checkpoint-6" / "ema.safetensors")
+    assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+    whole = json.loads((output / "run.json").read_text())
+    assert whole["status"] == "finished" and whole["steps"] == 6 and whole["settings"]["learning_rate"] == 1e-2
+    assert (output / "loss.png").is_file()
+    entries = checkpoints.read_metrics(output / "metrics.jsonl")
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 4, 6]
+    last = [entry for entry in entries if "eval_loss" in entry][-1]
+    assert last["step"] == 6 and last["eval_recall_at_1_chance"] == 0.25
+    wanted = {"eval_loss_over_linear", "eval_loss_sigma_0.06", "eval_token_cosine", "eval_recall_at_1"}
+    assert wanted <= set(last) and result["eval_loss"] == last["eval_loss"]
+
+
+def test_the_yardstick_is_in_step_with_the_evaluation(finished):
+    lines = json.loads((finished[0] / "run.json").read_text())["yardstick"]
+    assert len(lines["linear_at_levels"]) == 8
+    assert lines["linear_conditional"]["overall"] < lines["linear_unconditional"]["overall"] < lines["zero"]["overall"]
+    # A tenth of the training samples has no condition.
+    mixed = 0.9 * lines["linear_conditional"]["overall"] + 0.1 * lines["linear_unconditional"]["overall"]
+    assert lines["training"] == pytest.approx(mixed)
+    # Eight midpoints of the same curve: equal up to its curvature.
+    assert sum(lines["linear_at_levels"]) / 8 == pytest.approx(lines["linear_conditional"]["overall"], rel=0.05)
+
+
+def test_a_finished_run_says_so(finished, embeddings, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+    result = train(TrainSettings(embeddings, finished[0], resume_from_checkpoint="auto", **SMALL))
+    assert result["status"] == "finished"
+    assert "is finished: 6 steps" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+
+
+def test_ctrl_c_saves_a_whole_checkpoint_and_the_run_goes_on_to_the_same_end(
+    settings, finished, monkeypatch, capsys, tmp_path
+):
+    original = run._flow_loss
+
+    def interrupting(*args):
+        loss, calls = original(*args), []
+
+        def call(*inner, **kwargs):
+            calls.append(None)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return loss(*inner, **kwargs)
+
+        return call
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_flow_loss", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopped at step 2 of 6; continue with --resume_from_checkpoint auto" in capsys.readouterr().out
+    assert checkpoints.read_run(tmp_path / "run")["status"] == "interrupted"
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+    train(settings(resume_from_checkpoint="auto"))
+    assert "resuming" in capsys.readouterr().out
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", finished[0]))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_run_is_never_overwritten(finished, embeddings):
+    with pytest.raises(ValueError, match=r"already holds a run \(its last whole checkpoint is step 6\).*auto"):
+        train(TrainSettings(embeddings, finished[0], **SMALL))
+
+
+def test_continuing_with_other_settings_or_data_is_refused(finished, embeddings):
+    changed = SMALL | {"learning_rate": 0.5, "batch_size": 8, "max_steps": 9, "normalize": "pca:3"}
+    with pytest.raises(ValueError) as error:
+        train(TrainSettings(embeddings, finished[0], resume_from_checkpoint="auto", **changed))
+    message = str(error.value)
+    assert "--learning_rate: the run has 0.01, now 0.5" in message
+    assert "--batch_size x --gradient_accumulation_steps: the run has 4, now 8" in message
+    assert "embeddings: target_shape was [16, 4], now [16, 3]" in message
+
+
+def test_auto_starts_where_there_is_nothing_whole(settings, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    assert run.resume_point(settings(resume_from_checkpoint="auto")) is None
+    assert "starting" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="it has no whole checkpoint"):
+        run.resume_point(settings())
+    with pytest.raises(ValueError, match=r"checkpoint-3 is not a whole checkpoint: it has no complete\.json"):
+        run.resume_point(settings(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")))
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(settings, tmp_path, capsys):
+    result = train(settings(dry_run=True, gradient_checkpointing=True, bf16=True))
+    assert result["status"] == "dry run"
+    out = capsys.readouterr().out
+    for text in ("bf16 autocast over fp32 weights", "parameters", "6 (0.5 epochs)", "one batch forward and backward"):
+        assert text in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_starting_from_a_trained_model_uses_its_weights_and_normalisation(finished, embeddings, tmp_path):
+    output = tmp_path / "second"
+    changed = SMALL | {"max_steps": 1, "warmup_steps": 1, "ema_decay": 0.0}
+    train(TrainSettings(embeddings, output, init_from=str(finished[0]), **changed))
+    first, second = BLIP3oDiT.from_pretrained(finished[0]), BLIP3oDiT.from_pretrained(output)
+    assert second.normalizer.target.spec == "pca:4"
+    assert torch.equal(first.normalizer.target.statistics["basis"], second.normalizer.target.statistics["basis"])
+    # The first step of a warm-up has learning rate 0: still the first run's weights.
+    assert torch.equal(first.patch_embedder.proj.weight, second.patch_embedder.proj.weight)
+    assert not (output / "checkpoint-1" / "ema.safetensors").exists()
+
+
+def test_a_network_narrower_than_its_target_is_warned_about(settings):
+    data = prepare.load_data(settings(normalize="none"))
+    with pytest.warns(UserWarning, match="narrower"):
+        prepare.config_for(settings(model_dim=4, num_heads=1), data)
+
+
+def test_presets_and_sizes(settings):
+    data = prepare.load_data(settings())
+    config = prepare.config_for(settings(preset="small", model_dim=None, num_layers=2, num_heads=None), data)
+    assert (config.hidden_size, config.num_layers, config.in_channels) == (256, 2, 4)
+    default = prepare.config_for(settings(model_dim=None, num_layers=None, num_heads=None), data)
+    assert (default.hidden_size, default.num_layers, default.num_attention_heads) == (1792, 24, 28)
+    assert default.sigma_min == 1e-4
+
+
+def test_epochs_become_steps_of_full_batches(settings):
+    assert prepare.total_steps(settings(max_steps=None, num_epochs=3), pictures=44, world_size=1) == 33
+    assert prepare.total_steps(settings(max_steps=None, num_epochs=0.1), pictures=44, world_size=2) == 1
+
+
+def test_the_subset_is_that_of_the_dataset(settings, embeddings):
+    from blip3o_fast.data.dataset import EmbeddingDataset
+
+    data = prepare.load_data(settings(subset_size=7, normalize="none"))
+    expected = EmbeddingDataset(embeddings, split="train", subset=7)
+    assert torch.equal(data.conditions, expected.conditions)
+    assert len(data.held_out_conditions) == 4
+    with pytest.raises(ValueError, match=r"--subset_size 999: .* has only 44 training pictures"):
+        prepare.load_data(settings(subset_size=999))
+    assert len(prepare.load_data(settings(debug=True)).conditions) == 44
+
+
+def test_without_a_held_out_split_nothing_is_evaluated(settings, tmp_path):
+    result = train(settings(eval_split=0.0, max_steps=2, progress=False))
+    assert "eval_loss" not in result
+    assert all("eval_loss" not in entry for entry in checkpoints.read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_bad_input_is_named_before_anything_is_written(settings, tmp_path, monkeypatch):
+    missing = settings()
+    missing.embeddings_path = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(missing)
+    with pytest.raises(ValueError, match="--fp16 needs a GPU: on a CPU the Trainer would silently train in fp32"):
+        train(settings(fp16=True))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA device"):
+            train(settings(device="cuda"))
+    with pytest.raises(ValueError, match="K must be"):
+        train(settings(normalize="pca:99"))
+    (tmp_path / "file").write_text("")
+    wrong = settings()
+    wrong.output_dir = tmp_path / "file"
+    with pytest.raises(ValueError, match="is a file; a folder is needed"):
+        train(wrong)
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"training needs transformers: pip install .*\[train\]"):
+        train(settings())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_handler_is_only_set_in_the_main_thread():
+    from blip3o_fast.training.callbacks import StopRequest
+
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def inside():
+        with StopRequest().listening():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_wandb_is_off_with_one_line_that_says_how_to_turn_it_on(monkeypatch, tmp_path):
+    from blip3o_fast.training import trainer_args
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(trainer_args.importlib.util, "find_spec", lambda name: None)
+    ready, line = trainer_args.wandb_is_ready()
+    assert not ready and 'pip install "blip3o_fast[wandb]"' in line and "\n" not in line
+    monkeypatch.setattr(trainer_args.importlib.util, "find_spec", lambda name: object())
+    ready, line = trainer_args.wandb_is_ready()
+    assert not ready and "wandb login" in line
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert trainer_args.wandb_is_ready()[0]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert not trainer_args.wandb_is_ready()[0]
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert trainer_args.wandb_is_ready()[0]
