@@ -17,6 +17,7 @@ __all__ = [
     "BLIP3oDiT",
     "__version__",
     "data",
+    "debug_ops",
     "evaluation",
     "flow",
     "models",
@@ -31,6 +32,7 @@ __all__ = [
 _NAMES = {
     "BLIP3oConfig": "blip3o_fast.models.config",
     "BLIP3oDiT": "blip3o_fast.models.nextdit",
+    "debug_ops": "blip3o_fast.ops",
     "sample": "blip3o_fast.sampling.sampler",
     "use_backend": "blip3o_fast.ops",
 }
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from . import data, evaluation, flow, models, ops, sampling, training
     from .models.config import BLIP3oConfig
     from .models.nextdit import BLIP3oDiT
-    from .ops import use_backend
+    from .ops import debug_ops, use_backend
     from .sampling.sampler import sample
 
 

@@ -12,6 +12,7 @@ TOP = {
     "BLIP3oDiT",
     "__version__",
     "data",
+    "debug_ops",
     "evaluation",
     "flow",
     "models",

@@ -6,6 +6,7 @@ function's name: `importlib.import_module("blip3o_fast.ops.<op>")`.
 
 from blip3o_fast.ops._attention import attention_implementations, use_attention
 from blip3o_fast.ops._backend import use_backend
+from blip3o_fast.ops._debug import debug_ops
 from blip3o_fast.ops.dual_attention import dual_attention, dual_attention_ref
 from blip3o_fast.ops.flash_attention import flash_attention, flash_attention_ref
 from blip3o_fast.ops.flow_interpolate import flow_interpolate, flow_interpolate_ref
@@ -21,6 +22,7 @@ from blip3o_fast.ops.rope_table import rope_table
 from blip3o_fast.ops.swiglu import swiglu, swiglu_ref
 
 __all__ = [
+    "debug_ops",
     "attention_implementations",
     "dual_attention",
     "dual_attention_ref",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_fast.ops import _debug
+
 LIBRARY = torch.library.Library("blip3o_fast", "DEF")
 
 # Raw ops arrive with their dtypes decided; autocast must not change them again inside.
@@ -31,7 +33,9 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
     def kernel(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-            return implementation(*args)
+            result = implementation(*args)
+            _debug.checked(name, implementation, args, result)
+            return result
 
     for key in _DEVICE_KEYS:
         LIBRARY.impl(name, kernel, key)
