@@ -139,11 +139,9 @@ def _explain(error: Exception) -> int:
             return EXIT_ERROR
         return _complain(*_usage_error(error))
     notes = " ".join(getattr(error, "__notes__", ())) or None
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and not notes:
         extra = _extra_for(error.name or "")
         if extra is None:
             raise error
-        return _complain(
-            f"this needs {error.name}, which is not installed", notes or f'pip install "blip3o_fast[{extra}]"'
-        )
+        return _complain(f"this needs {error.name}, which is not installed", f'pip install "blip3o_fast[{extra}]"')
     return _complain(str(error) or type(error).__name__, notes)

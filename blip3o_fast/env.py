@@ -19,7 +19,6 @@ from pathlib import Path
 # list with the defaults.
 VARIABLES = {
     "BLIP3O_FAST_BUILD": "which extension setup.py builds: auto, cpu or none",
-    "BLIP3O_FAST_CACHE": "where fetched packages and encoders are kept",
     "BLIP3O_FAST_TRACEBACK": "1: the command line shows the whole traceback of an error",
     "CUDA_VISIBLE_DEVICES": "which GPUs torch sees",
     "HF_HOME": "where the hub client keeps its files",
@@ -36,7 +35,6 @@ VARIABLES = {
     "WANDB_MODE": "offline or disabled",
     "WANDB_PROJECT": "project of the runs; wins over --wandb_project",
     "WORLD_SIZE": "number of processes, set by torchrun",
-    "XDG_CACHE_HOME": "the parent of the default cache folder",
 }
 
 # What the report says only that it is set.
@@ -74,12 +72,9 @@ def set_default(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: $BLIP3O_FAST_CACHE, else blip3o_fast in $XDG_CACHE_HOME or ~/.cache. Not created."""
-    given = read("BLIP3O_FAST_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(read("XDG_CACHE_HOME") or "~/.cache").expanduser() / "blip3o_fast"
+def inherited(**changes: str) -> dict[str, str]:
+    """The whole environment with some variables changed, to start another program with."""
+    return {**os.environ, **changes}
 
 
 def version_of(distribution: str) -> str | None:

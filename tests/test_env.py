@@ -77,15 +77,10 @@ def test_read_takes_documented_names_only(monkeypatch: pytest.MonkeyPatch) -> No
         env.read("SOME_NAME")
 
 
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("BLIP3O_FAST_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert env.cache_folder() == tmp_path / "xdg" / "blip3o_fast"
-    monkeypatch.setenv("BLIP3O_FAST_CACHE", str(tmp_path / "own"))
-    assert env.cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("BLIP3O_FAST_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert env.cache_folder() == Path.home() / ".cache" / "blip3o_fast"
+def test_a_child_inherits_everything_but_the_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_NAME", "kept")
+    child = env.inherited(LC_ALL="C")
+    assert (child["SOME_NAME"], child["LC_ALL"]) == ("kept", "C")
 
 
 def test_every_variable_is_documented() -> None:

@@ -19,6 +19,7 @@ import typer
 from tqdm import tqdm
 
 from blip3o_fast.data.images import EXTENSIONS, Skipped, folder_pictures, picture_files, tar_pictures, write_tars
+from blip3o_fast.env import inherited
 
 PACKAGE = "tuxpaint-stamps-default"
 HUB_DATASET, HUB_FILE, HUB_PICTURES = "BLIP3o/BLIP3o-Pretrain-Short-Caption", "00000.tar", 800
@@ -155,7 +156,7 @@ def _apt(arguments: list[str], folder: Path) -> str:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=inherited(LC_ALL="C"))
     if done.returncode != 0:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise RuntimeError(f"{command[0]} failed with code {done.returncode}: {' '.join(last)}")
