@@ -61,17 +61,19 @@ class Heads(NamedTuple):
         place.copy_(value.view(place.shape))
 
 
-def partition(query: Tensor, key_heads: int, context: int) -> tuple[list[Heads], list[slice]]:
-    """Blocks of q [B, T, H, d] against K key heads of `context` tokens: as many heads as fit, then rows of queries.
+def _reads_in_place(tensor: Tensor) -> bool:
+    """Whether blocks have one sample: then batched products read q, k and v where they lie, without copies."""
+    return tensor.device.type == "cpu"
 
-    On a CPU a block has one sample: then the batched products read q, k and v where they lie, without copies.
-    """
+
+def partition(query: Tensor, key_heads: int, context: int) -> tuple[list[Heads], list[slice]]:
+    """Blocks of q [B, T, H, d] against K key heads of `context` tokens: as many heads as fit, then rows of queries."""
     batch, tokens, heads, _ = query.shape
-    group, on_cpu = heads // key_heads, query.device.type == "cpu"
-    budget = _CPU_BLOCK if on_cpu else _DEVICE_BLOCK
+    group, single = heads // key_heads, _reads_in_place(query)
+    budget = _CPU_BLOCK if single else _DEVICE_BLOCK
     rows = max(1, min(tokens, budget // (group * context)))
     keys = max(1, min(key_heads, budget // (group * context * rows)))
-    samples = 1 if on_cpu else max(1, budget // (group * context * rows * keys))
+    samples = 1 if single else max(1, budget // (group * context * rows * keys))
     by_heads = []
     for b in range(0, batch, samples):
         for k in range(0, key_heads, keys):

@@ -1,0 +1,86 @@
+"""use_attention: who computes attention, asked for by name or chosen."""
+
+import importlib
+import re
+
+import pytest
+import torch
+
+from blip3o_fast.ops import attention_implementations, dual_attention, flash_attention, use_attention, use_backend
+
+ATTENTION = importlib.import_module("blip3o_fast.ops._attention")
+FLASH = importlib.import_module("blip3o_fast.ops.flash_attention")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The names of what computed each forward so far."""
+    calls = []
+    sdpa, reference = ATTENTION.sdpa, FLASH._FORWARD["reference"]
+    monkeypatch.setattr(ATTENTION, "sdpa", lambda *a: calls.append("sdpa") or sdpa(*a))
+    monkeypatch.setitem(FLASH._FORWARD, "reference", lambda *a: calls.append("reference") or reference(*a))
+    return calls
+
+
+def attend(dtype=torch.float32, requires_grad=False):
+    q, k, v = torch.randn(3, 2, 5, 2, 8, dtype=dtype)
+    return flash_attention(q.requires_grad_(requires_grad), k, v)
+
+
+def test_every_implementation_tells_whether_it_works():
+    reasons = attention_implementations()
+    assert list(reasons) == ["sdpa", "flash-attn", "xformers"]
+    assert reasons["sdpa"] is None
+    assert reasons["flash-attn"].startswith("not wired yet: the attention ops do not call flash_attn")
+    assert reasons["xformers"].startswith("not wired yet: the attention ops do not call xformers")
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "xformers"])
+def test_what_cannot_run_is_named(name):
+    q, gate = torch.randn(1, 2, 3, 4), torch.randn(1)
+    with use_attention(name):
+        reason = re.escape(attention_implementations()[name])
+        with pytest.raises(RuntimeError, match=f"'{name}' cannot run flash_attention: {reason}"):
+            flash_attention(q, q, q)
+        with pytest.raises(RuntimeError, match=f"'{name}' cannot run dual_attention: {reason}"):
+            dual_attention(q, q[:, :, :1], q[:, :, :1], q[:, :, :1], gate)
+
+
+def test_unknown_name():
+    with pytest.raises(
+        ValueError, match=re.escape("attention must be one of auto, sdpa, flash-attn, xformers, got 'f'")
+    ):
+        use_attention("f")
+
+
+def test_scopes_nest_and_end(computed):
+    with use_attention("sdpa"):
+        with use_attention("auto"), use_backend("reference"):
+            attend()
+        attend()
+    with use_backend("reference"):
+        attend()
+    assert computed == ["reference", "sdpa", "reference"]
+    assert ATTENTION._active == "auto"
+
+
+def test_without_a_scope_it_lasts(computed):
+    chosen = use_attention("sdpa")
+    try:
+        attend()
+    finally:
+        use_attention("auto")
+    assert chosen.previous == "auto"
+    assert computed == ["sdpa"]
+
+
+def test_the_name_counts_more_than_the_backend(computed):
+    with use_backend("reference"), use_attention("sdpa"):
+        attend()
+    assert computed == ["sdpa"]
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "cpu"])
+def test_a_backend_by_name_is_not_replaced(name):
+    with use_backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' cannot run flash_attention"):
+        attend()

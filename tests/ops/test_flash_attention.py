@@ -1,0 +1,301 @@
+"""flash_attention against PyTorch's scaled_dot_product_attention, in fp64 and by the numerics contract."""
+
+import importlib
+import itertools
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blip3o_fast.ops import flash_attention, flash_attention_ref, use_attention, use_backend
+from blip3o_fast.testing import assert_contract
+
+OP = importlib.import_module("blip3o_fast.ops.flash_attention")  # the module: the package's name is the function
+BLOCKS = importlib.import_module("blip3o_fast.ops._softmax_blocks")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# as autocast makes them where the context was made outside of it
+MIXED = (torch.bfloat16, torch.float32, torch.bfloat16)
+# B, Tq, Tk, H, K, d
+SHAPES = [(2, 64, 64, 4, 4, 64), (1, 5, 77, 6, 2, 72), (3, 1, 257, 3, 1, 20), (2, 7, 1, 2, 2, 5)]
+NAMES = ("y", "dq", "dk", "dv")
+
+
+@pytest.fixture(params=["reference", "sdpa"])
+def implementation(request):
+    """Run the test once with each implementation that works here."""
+    with use_attention("sdpa") if request.param == "sdpa" else use_backend(request.param):
+        yield request.param
+
+
+def inputs(shape, dtypes=(torch.float32,) * 3) -> list[Tensor]:
+    batch, tokens, context, heads, key_heads, dim = shape
+    return [
+        torch.randn(batch, n, h, dim).to(dtype)
+        for n, h, dtype in zip((tokens, context, context), (heads, key_heads, key_heads), dtypes, strict=True)
+    ]
+
+
+def some_seen(batch: int, context: int) -> Tensor:
+    """A mask that hides some tokens of every sample, never all."""
+    mask = torch.rand(batch, context) < 0.7
+    mask[:, context // 2] = True
+    return mask
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """Stock: key heads repeated, the mask expanded to every head and query, one PyTorch call."""
+    repeats, dtype = q.shape[2] // k.shape[2], torch.promote_types(q.dtype, k.dtype)
+    k, v = (t.to(dtype).unsqueeze(3).repeat(1, 1, 1, repeats, 1).flatten(2, 3) for t in (k, v))
+    mask = torch.ones(k.shape[:2]) if mask is None else mask
+    mask = mask.bool().view(k.shape[0], 1, 1, -1).expand(-1, q.shape[2], q.shape[1], -1)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.to(dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return out.transpose(1, 2).to(q.dtype)
+
+
+def run(function, args: list[Tensor], dy: Tensor, **settings) -> dict[str, Tensor]:
+    """Output and the gradient of each input for the upstream gradient dy."""
+    leaves = [a.detach().requires_grad_() for a in args]
+    y = function(*leaves, **settings)
+    return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))), strict=True))
+
+
+def check_contract(args: list[Tensor], dy: Tensor, ours: dict[str, Tensor] | None = None, **settings) -> None:
+    ours = run(flash_attention, args, dy, **settings) if ours is None else ours
+    stock = run(eager, args, dy, **settings)
+    gold = run(flash_attention_ref, [a.double() for a in args], dy.double(), **settings)
+    for name, value in ours.items():
+        assert_contract(value, stock[name], gold[name], name)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_reference_is_pytorchs(masked, scale):
+    args = [a.double() for a in inputs((3, 5, 7, 6, 2, 8))]
+    mask = some_seen(3, 7) if masked else None
+    ours, stock = (f(*args, scale=scale, mask=mask) for f in (flash_attention_ref, eager))
+    torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
+    q, k, v = (a.transpose(1, 2) for a in args)
+    visible = None if mask is None else mask[:, None, None]
+    grouped = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
+    torch.testing.assert_close(ours, grouped.transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contract(implementation, shape, dtypes, masked):
+    args, dy = inputs(shape, dtypes), torch.randn(*shape[:2], shape[3], shape[5]).to(dtypes[0])
+    mask = some_seen(shape[0], shape[2]) if masked else None
+    ours = run(flash_attention, args, dy, mask=mask)
+    for value, dtype in zip(ours.values(), (dtypes[0], *dtypes), strict=True):
+        assert value.dtype == dtype
+    check_contract(args, dy, ours, mask=mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(implementation, masked):
+    args = [a.double().requires_grad_() for a in inputs((2, 3, 4, 4, 2, 3))]
+    mask = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
+    assert torch.autograd.gradcheck(lambda *a: flash_attention(*a, scale=0.9, mask=mask), args)
+
+
+def test_a_sample_that_sees_nothing_gets_zero(implementation):
+    args, dy = inputs((3, 4, 6, 4, 2, 8)), torch.randn(3, 4, 4, 8)
+    mask = some_seen(3, 6)
+    mask[1] = False
+    ours = run(flash_attention, args, dy, mask=mask)
+    for name, value in ours.items():
+        assert torch.equal(value[1], torch.zeros_like(value[1])), name
+    others = [0, 2]
+    check_contract([a[others] for a in args], dy[others], {n: t[others] for n, t in ours.items()}, mask=mask[others])
+    nothing = run(flash_attention, args, dy, mask=torch.zeros_like(mask))
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in nothing.values())
+
+
+def test_a_mask_that_hides_nothing_changes_nothing():
+    args, dy = inputs((2, 5, 6, 2, 2, 8)), torch.randn(2, 5, 2, 8)
+    with use_backend("reference"):
+        plain, masked = (run(flash_attention, args, dy, mask=m) for m in (None, torch.ones(2, 6, dtype=torch.bool)))
+    for name, value in plain.items():
+        assert torch.equal(value, masked[name]), name
+
+
+@pytest.mark.parametrize("budget", [1, 40, 300])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_blocks_cover_everything(monkeypatch, budget, per_sample):
+    """Blocks of single rows, of some rows, of some heads; of one sample (CPU) and of several (other devices)."""
+    monkeypatch.setattr(BLOCKS, "_CPU_BLOCK", budget)
+    if not per_sample:
+        monkeypatch.setattr(BLOCKS, "_DEVICE_BLOCK", 4 * budget)
+        monkeypatch.setattr(BLOCKS, "_reads_in_place", lambda tensor: False)
+    args, dy, mask = inputs((5, 7, 9, 6, 3, 4)), torch.randn(5, 7, 6, 4), some_seen(5, 9)
+    with use_backend("reference"):
+        for given in (None, mask):
+            check_contract(args, dy, mask=given)
+
+
+def test_memory_stays_bounded(monkeypatch):
+    """No tensor of the size of all probabilities is ever made, forward or backward."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            # a lifted op hands its results through here again; only what aten makes counts
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                largest = max(largest, tensor.untyped_storage().nbytes() if isinstance(tensor, Tensor) else 0)
+            return out
+
+    monkeypatch.setattr(BLOCKS, "_CPU_BLOCK", 1 << 16)
+    args = inputs((1, 512, 512, 8, 8, 16))
+    forward = (*args, None, 0.25, True, torch.float32)
+    with Watch():
+        out, lse = OP._forward_reference(*forward)
+        OP._backward_reference(torch.randn_like(out), *args, None, lse, 0.25)
+    assert 0 < largest <= 4 * (1 << 16), "beside a block only tensors of the inputs' size"
+
+
+def test_strided_inputs(implementation):
+    """Slices of packed tensors, every other token, a transposed upstream gradient, a strided mask."""
+    packed = torch.randn(2, 10, 9, 8)
+    args = [packed[:, ::2, :4], packed[:, :, 4:6], packed[:, :, 7:]]
+    mask = some_seen(10, 2).T
+    mask[:, 3] = True
+    check_contract(args, torch.randn(2, 8, 4, 5).transpose(1, 3), mask=mask)
+    # no unit stride anywhere
+    args = [torch.randn(8, h, n, 2).permute(3, 2, 1, 0) for h, n in ((4, 5), (2, 10), (2, 10))]
+    check_contract(args, torch.randn(2, 5, 4, 16)[..., ::2])
+
+
+def test_no_samples_and_no_queries(implementation):
+    for shape in ((0, 3, 4, 2, 2, 8), (2, 0, 4, 2, 1, 8)):
+        args = inputs(shape)
+        ours = run(flash_attention, args, torch.randn(shape[0], shape[1], shape[3], shape[5]))
+        for value, like in zip(ours.values(), (args[0], *args), strict=True):
+            assert torch.equal(value, torch.zeros_like(like))
+
+
+def test_deterministic(implementation):
+    args, dy, mask = inputs((3, 33, 65, 4, 2, 16)), torch.randn(3, 33, 4, 16), some_seen(3, 65)
+    for given in (None, mask):
+        first, second = (run(flash_attention, args, dy, mask=given) for _ in range(2))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(backend, masked):
+    args, mask = inputs((2, 3, 4, 4, 2, 8)), some_seen(2, 4) if masked else None
+    for with_statistics in (True, False):
+        call = (*args, mask, 0.3, with_statistics, torch.bfloat16, backend)
+        torch.library.opcheck(OP._flash_attention_fwd, call)
+    lse = 9 + torch.rand(2, 4, 3)
+    torch.library.opcheck(OP._flash_attention_bwd, (torch.randn(2, 3, 4, 8), *args, mask, lse, 0.3, backend))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compile_does_not_recompile_per_batch(implementation, masked):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flash_attention, fullgraph=True, backend=counter)
+    torch._dynamo.reset()
+    for batch in (2, 3, 4, 5, 6):
+        args, dy = inputs((batch, 4, 5, 4, 2, 8)), torch.randn(batch, 4, 4, 8)
+        mask = some_seen(batch, 5) if masked else None
+        ours, plain = (run(f, args, dy, mask=mask) for f in (compiled, flash_attention))
+        for name, value in ours.items():
+            torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-6 if implementation == "sdpa" else 0)
+    assert counter.frame_count <= 2, "one static and one dynamic graph"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_returns_its_dtype(implementation, dtype, masked):
+    args, dy = inputs((2, 8, 9, 4, 2, 16)), torch.randn(2, 8, 4, 16).to(dtype)
+    mask = some_seen(2, 9) if masked else None
+    with torch.autocast("cpu", dtype):
+        ours, stock = (run(f, args, dy, mask=mask) for f in (flash_attention, eager))
+    gold = run(flash_attention_ref, [a.double() for a in args], dy.double(), mask=mask)
+    assert ours["y"].dtype == dtype
+    assert_contract(ours["y"], stock["y"].to(dtype), gold["y"])
+    for name in NAMES[1:]:
+        assert ours[name].dtype == torch.float32
+        assert_contract(ours[name], stock[name], gold[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes_stay_finite(implementation, dtype):
+    """Scores far beyond where exp overflows, of both signs, and values near the dtype's largest."""
+    q, k, v = (a.to(dtype) for a in inputs((2, 5, 6, 2, 2, 16)))
+    q, k, v = 30 * q, 30 * k, v.clamp(-2, 2) * (1e4 if dtype == torch.float16 else 1e30)
+    with torch.no_grad():
+        ours, stock = flash_attention(q, k, v), eager(q, k, v)
+    gold = flash_attention_ref(q.double(), k.double(), v.double())
+    assert ours.isfinite().all()
+    assert_contract(ours, stock, gold)
+    for value in run(flash_attention, [q, k, v / v.abs().max()], torch.randn(q.shape).to(dtype)).values():
+        assert value.isfinite().all()
+
+
+def test_names_what_cannot_run():
+    args = inputs((1, 2, 2, 1, 1, 4))
+    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run flash_attention"):
+        flash_attention(*args)
+
+
+def test_second_derivatives_and_transforms_are_refused():
+    q, k, v = inputs((1, 2, 2, 1, 1, 4))
+    with use_backend("reference"):
+        y = flash_attention(q.requires_grad_(), k, v)
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(y, q, torch.randn_like(y), create_graph=True)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda a: flash_attention(a[None], k, v))(q.detach())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        flash_attention(q, k, v)
+
+
+GOOD = {"q": torch.zeros(2, 3, 4, 8), "k": torch.zeros(2, 5, 2, 8), "v": torch.zeros(2, 5, 2, 8)}
+BAD = [
+    ({"q": torch.zeros(2, 3, 32)}, "q must have 4 dimensions (B, Tq, H, d), got shape (2, 3, 32)"),
+    ({"k": None}, "k must be a tensor of shape (B, Tk, K, d), got NoneType"),
+    ({"k": torch.zeros(3, 5, 2, 8)}, "k must have shape (B, Tk, K, d) = (2, 5, 2, 8), got (3, 5, 2, 8)"),
+    ({"k": torch.zeros(2, 5, 2, 4)}, "k must have shape (B, Tk, K, d) = (2, 5, 2, 8), got (2, 5, 2, 4)"),
+    ({"v": torch.zeros(2, 6, 2, 8)}, "v must have shape (B, Tk, K, d) = (2, 5, 2, 8), got (2, 6, 2, 8)"),
+    ({"k": torch.zeros(2, 0, 2, 8), "v": torch.zeros(2, 0, 2, 8)}, "k must have at least 1 token, got shape (2, 0, 2,"),
+    ({"q": torch.zeros(2, 3, 5, 8)}, "the number of query heads must be a multiple of the key heads, got 5 and 2"),
+    ({"k": torch.zeros(2, 5, 0, 8), "v": torch.zeros(2, 5, 0, 8)}, "must be a multiple of the key heads, got 4 and 0"),
+    ({"v": torch.zeros(2, 5, 2, 8).long()}, "v must be float32, bfloat16, float16 or float64, got torch.int64"),
+    ({"k": torch.zeros(2, 5, 2, 8).double()}, "k is torch.float64 and q is torch.float32"),
+    ({"v": torch.zeros(2, 5, 2, 8, device="meta")}, "v must be on cpu like q, got meta"),
+    ({"scale": float("nan")}, "scale must be a finite number or None for head_dim^-0.5, got nan"),
+    ({"scale": "0.5"}, "scale must be a finite number or None for head_dim^-0.5, got 0.5"),
+    ({"mask": torch.ones(2, 5)}, "mask must be a bool tensor (True = attend), got torch.float32"),
+    ({"mask": [True]}, "mask must be a bool tensor (True = attend), got list"),
+    ({"mask": torch.ones(2, 3, 5).bool()}, "mask must have shape (B, Tk) = (2, 5), got (2, 3, 5)"),
+    ({"mask": torch.ones(2, 5, device="meta").bool()}, "mask must be on cpu like the queries, got meta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        flash_attention(**(GOOD | change))
+
+
+def test_every_combination_of_needed_gradients(implementation):
+    args, dy = inputs((2, 3, 4, 2, 1, 8)), torch.randn(2, 3, 2, 8)
+    full = run(flash_attention, args, dy)
+    for wanted in itertools.product([False, True], repeat=3):
+        leaves = [t.detach().clone().requires_grad_(w) for t, w in zip(args, wanted, strict=True)]
+        y = flash_attention(*leaves)
+        assert y.requires_grad == any(wanted)
+        if any(wanted):
+            y.backward(dy)
+        for leaf, name in zip(leaves, NAMES[1:], strict=True):
+            assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, full[name])
