@@ -1,0 +1,188 @@
+"""One case of work, measured: every provider checked against the fp64 gold, then timed in turns with the others.
+
+A benchmark file describes a `Work` (work.py: inputs, providers, gold, minimal bytes and FLOPs) and hands it to
+`measure` through the `compare` fixture of plugin.py. There is no other timing code: a new claim is a new provider or a
+new `Work`.
+
+What is timed: the call as a user makes it, on the host's clock up to the end of the device's work. Python and dispatch
+overhead is included, for every provider alike; input creation, compilation and the warm-up are not.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.work import MODES, Absent, Inputs, Values, Work, values
+from blip3o_fast.timing import Timing, interleaved
+
+
+@dataclass(frozen=True)
+class Settings:
+    """min_rounds and max_time (timed seconds per provider and mode) bound the rounds, min_time the calls per sample."""
+
+    min_rounds: int = 7
+    max_rounds: int = 101
+    max_time: float = 1.0
+    min_time: float = 1e-3
+    warmup: int = 2
+    timed: bool = True  # False: only the correctness
+    timer: Callable[[], float] = time.perf_counter
+
+
+def _why_absent(error: BaseException) -> str | None:
+    """A reason where the machine lacks a tool and the provider is not to blame."""
+    text = f"{type(error).__name__}: {error}"
+    if "InvalidCxxCompiler" in text:
+        return "no working C++ compiler for torch.compile"
+    if "Python.h" in text:
+        return "torch.compile needs Python.h (Debian: apt-get install python3-dev)"
+    return None
+
+
+def _check(work: Work, mode: str, inputs: Inputs, gold: Values) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For each provider: status ok, FAILED, absent or error, with the reason, the errors and the first call's time."""
+    baseline: Values | None = None
+    for name, provider in work.providers.items():
+        row: dict[str, Any] = {"status": "ok", "reason": None, "errors": {}, "inexact": None, "first_call_s": None}
+        if isinstance(provider, Absent):
+            row |= {"status": "absent", "reason": provider.reason}
+        else:
+            start = time.perf_counter()
+            try:
+                got = values(provider, inputs, gradients=mode != "forward")
+            except Exception as error:  # a peer that breaks is a row of the result, not the end of the run
+                reason = _why_absent(error)
+                first_line = (str(error).strip() or "no message").splitlines()[0]
+                row |= {
+                    "status": "error" if reason is None else "absent",
+                    "reason": reason or f"{type(error).__name__}: {first_line}",
+                }
+            else:
+                row["first_call_s"] = time.perf_counter() - start
+                baseline = got if baseline is None else baseline
+                verdict = work.judge(got, baseline, gold)
+                # JSON knows no nan
+                row["errors"] = {k: e if math.isfinite(e) else str(e) for k, e in verdict.errors.items()}
+                row["inexact"] = verdict.inexact
+                failure = verdict.wrong or (None if name in work.peers else verdict.inexact)
+                if failure is not None:
+                    row |= {"status": "FAILED", "reason": failure}
+        yield name, row
+
+
+def _runners(
+    provider: Callable[..., Tensor], mode: str, pool: list[Inputs]
+) -> tuple[Callable[..., Any], Callable[[], Any] | None]:
+    """(what is timed, what is prepared before it or None), going round the pool."""
+    turn = itertools.cycle(pool)
+
+    def forward() -> Tensor:
+        return provider(*next(turn).args)
+
+    def prepare() -> tuple[Tensor, Inputs]:
+        inputs = next(turn)
+        return provider(*inputs.args), inputs
+
+    def backward(state: tuple[Tensor, Inputs]) -> tuple[Tensor, ...]:
+        y, inputs = state
+        return torch.autograd.grad(y, list(inputs.wrt.values()), inputs.upstream)
+
+    if mode == "forward":
+        return forward, None
+    return (backward, prepare) if mode == "backward" else (lambda: backward(prepare()), None)
+
+
+def _time(
+    work: Work, mode: str, names: list[str], pool: list[Inputs], settings: Settings, ceilings: machine.Ceilings | None
+) -> dict[str, Timing]:
+    runs, prepare = {}, {}
+    for name in names:
+        provider = work.providers[name]
+        assert not isinstance(provider, Absent)
+        runs[name], preparation = _runners(provider, mode, pool)
+        if preparation is not None:
+            prepare[name] = preparation
+    on_gpu = pool[0].upstream.is_cuda
+    synchronize: Callable[[], Any] = torch.cuda.synchronize if on_gpu else (lambda: None)
+    last = names[-1]
+
+    def between() -> None:
+        if ceilings is not None and ceilings.due():
+            ceilings.fma()
+            # The first provider must find the machine as it always does: just left by the last one.
+            runs[last](*((prepare[last](),) if last in prepare else ()))
+
+    common: dict[str, Any] = {"prepare": prepare, "synchronize": synchronize, "timer": settings.timer}
+    with torch.set_grad_enabled(mode != "forward"):
+        trial = interleaved(runs, rounds=3, warmup=settings.warmup, **common)
+        calls = {
+            name: min(1000, max(1, math.ceil(settings.min_time / max(timing.median, 1e-9))))
+            for name, timing in trial.items()
+        }
+        round_time = sum(calls[name] * timing.median for name, timing in trial.items())
+        affordable = int(len(names) * settings.max_time / max(round_time, 1e-9))
+        rounds = min(settings.max_rounds, max(settings.min_rounds, affordable))
+        return interleaved(runs, rounds=rounds, warmup=1, calls=calls, between=between, **common)
+
+
+def measure(
+    work: Work,
+    settings: Settings,
+    ceilings: machine.Ceilings | None = None,
+    progress: Callable[[str], Any] = lambda text: None,
+) -> Iterator[tuple[list[dict[str, Any]], dict[str, Timing]]]:
+    """Per mode: the rows of all providers (see `plugin.py` for what is added), and the timings of those that have one.
+
+    A provider that is wrong, absent or broken has a row with the reason and no time; the others go on.
+    """
+    unknown = [mode for mode in work.modes if mode not in MODES]
+    if unknown:
+        raise ValueError(f"modes must be among {', '.join(MODES)}, got {', '.join(unknown)}")
+    progress(f"{work.label}: inputs and fp64 gold")
+    pool = [work.inputs()]
+    if work.rotate and settings.timed:
+        copies = math.ceil(2 * machine.cache_bytes() / max(1, pool[0].bytes()))
+        pool += [work.inputs() for _ in range(min(copies, 512) - 1)]
+    gold = work.gold(pool[0])
+    checked: dict[bool, dict[str, dict[str, Any]]] = {}
+    for mode in work.modes:
+        gradients = mode != "forward"
+        if gradients not in checked:
+            progress(f"{work.label} {mode}: correctness (and compilation)")
+            checked[gradients] = dict(_check(work, mode, pool[0], gold))
+        names = [name for name, row in checked[gradients].items() if row["status"] == "ok"]
+        timings: dict[str, Timing] = {}
+        if settings.timed and names:
+            progress(f"{work.label} {mode}: {', '.join(names)} in turns")
+            if ceilings is not None:
+                ceilings.copy()
+            timings = _time(work, mode, names, pool, settings, ceilings)
+        baseline = timings.get(next(iter(work.providers)))
+        rows = []
+        for name, check in checked[gradients].items():
+            row = {"suite": work.suite, "case": work.case, "mode": mode, "provider": name}
+            row |= {"detail": work.details.get(name), **check, "inputs_in_rotation": len(pool)}
+            row |= {"bytes": work.bytes_moved.get(mode), "flops": work.flops.get(mode)}
+            rows.append(row | _figures(timings.get(name), baseline, row["bytes"], row["flops"]))
+        yield rows, timings
+
+
+def _figures(
+    timing: Timing | None, baseline: Timing | None, bytes_moved: int | None, flops: int | None
+) -> dict[str, Any]:
+    """The numbers of a row; None throughout where nothing was timed. Speed-ups are medians of per-round ratios."""
+    names = "median_s p20_s p80_s rounds calls speedup speedup_p20 speedup_p80 gbps gflops".split()
+    if timing is None:
+        return dict.fromkeys(names)
+    speedups = None if baseline is None else timing.speedups(baseline)
+    figures = [timing.median, timing.p20, timing.p80, len(timing.samples), timing.calls]
+    figures += [None] * 3 if speedups is None else [speedups.median, speedups.p20, speedups.p80]
+    figures += [None if amount is None else amount / timing.median * 1e-9 for amount in (bytes_moved, flops)]
+    return dict(zip(names, figures, strict=True))

@@ -1,0 +1,160 @@
+"""Rows as text: the header with the machine, a line per measured case, the table at the end."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+RED, GREEN, BOLD, END = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
+
+COLUMNS = (
+    "mode",
+    "provider",
+    "median",
+    "p20 .. p80",
+    "x first",
+    "p20 .. p80",
+    "GB/s",
+    "of copy",
+    "GFLOP/s",
+    "of FMA",
+    "error",
+    "correct",
+)
+NOTE = """\
+Providers of a case run in turns. Median and 20th..80th percentile of the rounds, on the host's clock, Python and
+dispatch overhead included, compilation and warm-up excluded. "x first": how many times faster than the first provider,
+the median of the ratios within a round.
+forward: without autograd; backward: its forward is not timed; both: a training step's share.
+GB/s, GFLOP/s: the least that the work needs (inputs read once, results written once; an unfused provider moves more)
+over the median, beside the ceilings measured in this run. Small cases are bound by overhead; what is written to memory
+that is still in the cache can exceed the copy.
+correct: every output and gradient against fp64 in this run; error: the largest relative L2 distance among them. Ours
+must stay within twice the first provider's error; what others made is called inexact beyond that. What is wrong gets
+no time."""
+
+
+def seconds(value: float) -> str:
+    unit, scale = next((pair for pair in (("s", 1.0), ("ms", 1e3)) if value * pair[1] >= 1), ("us", 1e6))
+    number = value * scale
+    digits = 0 if number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f} {unit}"
+
+
+def _spread(low: float | None, high: float | None, form: Any) -> str:
+    return "" if low is None or high is None else f"{form(low)} .. {form(high)}"
+
+
+def _share(amount: float | None, ceiling: float | None) -> str:
+    return "" if amount is None or not ceiling else f"{100 * amount / ceiling:.0f} %"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def header(stamp: dict[str, Any]) -> Iterator[str]:
+    """The machine in a few lines, and a warning where it is busy."""
+    cpu, versions = stamp["cpu"], stamp["versions"]
+    allowed = "" if stamp["affinity"] is None else f", {len(stamp['affinity'])} allowed"
+    gpu = f"{stamp['gpu']['name']} with " if "gpu" in stamp else ""
+    yield f"machine   {gpu}{cpu['model']} ({' '.join(cpu['flags'])})"
+    yield (
+        f"          {stamp['logical_cores']} logical cores{allowed}, {stamp['threads']} threads, "
+        f"largest cache {stamp['cache_bytes'] >> 20} MiB"
+    )
+    yield "versions  " + ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
+    dirty = {True: ", with uncommitted changes", False: "", None: ""}[stamp["dirty"]]
+    yield f"commit    {stamp['commit']}{dirty}"
+    load, cores = stamp["load_average_at_start"], stamp["logical_cores"] or 1
+    if load is not None and load > 0.5 * cores:
+        yield f"WARNING   the load average is {load:.1f} on {cores} cores: others are at work, do not quote these times"
+    yield ""
+
+
+def progress_line(rows: list[dict[str, Any]]) -> str:
+    """One case and mode in one line."""
+    parts = []
+    for row in rows:
+        if row["status"] != "ok":
+            parts.append(f"{row['provider']} {row['status']}")
+        elif row["median_s"] is None:
+            parts.append(f"{row['provider']} correct")
+        else:
+            parts.append(
+                f"{row['provider']} {seconds(row['median_s'])}"
+                + ("" if row is rows[0] or row["speedup"] is None else f" ({_ratio(row['speedup'])}x)")
+            )
+    case = " ".join(f"{k}={v}" for k, v in rows[0]["case"].items())
+    return f"{rows[0]['suite']} {case} {rows[0]['mode']}: {', '.join(parts)}"
+
+
+def _cells(row: dict[str, Any], limits: dict[str, Any], first: bool) -> list[str]:
+    name = row["provider"] + (f" ({row['detail']})" if row["detail"] else "")
+    worst = [e for e in row["errors"].values() if isinstance(e, float)]
+    error = f"{max(worst):.1e}" if worst else ""
+    if row["status"] != "ok":
+        return [row["mode"], name, row["status"], *[""] * 7, error, row["status"]]
+    timed = row["median_s"] is not None
+    return [
+        row["mode"],
+        name,
+        seconds(row["median_s"]) if timed else "not timed",
+        _spread(row["p20_s"], row["p80_s"], seconds),
+        _ratio(row["speedup"]),
+        "" if first else _spread(row["speedup_p20"], row["speedup_p80"], _ratio),
+        "" if row["gbps"] is None else f"{row['gbps']:.1f}",
+        _share(row["gbps"], limits.get("copy_gbps")),
+        "" if row["gflops"] is None else f"{row['gflops']:.1f}",
+        _share(row["gflops"], limits.get("fma_gflops")),
+        error,
+        "ok" if row["inexact"] is None else "inexact",
+    ]
+
+
+def lines(rows: Iterable[dict[str, Any]], limits: dict[str, Any], colour: bool = False) -> Iterator[str]:
+    """The table of a run: a block per case. limits: the `ceilings` row."""
+    rows = list(rows)
+    firsts = {id(next(group)) for _, group in groupby(rows, key=lambda row: (row["suite"], row["case"], row["mode"]))}
+    cells = [_cells(row, limits, id(row) in firsts) for row in rows]
+    widths = [max(len(line[i]) for line in [list(COLUMNS), *cells]) for i in range(len(COLUMNS))]
+
+    def line(texts: Iterable[str]) -> str:
+        left = {0, 1, len(COLUMNS) - 1}
+        padded = [t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    def paint(text: str, code: str) -> str:
+        return f"{code}{text}{END}" if colour else text
+
+    numbered = zip(rows, cells, strict=True)
+    for (suite, case), block in groupby(numbered, key=lambda pair: (pair[0]["suite"], pair[0]["case"])):
+        yield ""
+        yield paint(f"{suite}  " + ", ".join(f"{k} {v}" for k, v in case.items()), BOLD)
+        yield line(COLUMNS)
+        for row, texts in block:
+            wrong = row["status"] in ("FAILED", "error")
+            yield paint(line(texts), RED) if wrong else line(texts)
+            remark = row["reason"] or (row["inexact"] and f"right, but beyond the contract: {row['inexact']}")
+            if remark:
+                yield f"    {row['provider']}: {remark}"
+    yield ""
+    if limits:
+        fma, one = limits["fma_gflops"], limits["fma_gflops_one_core"]
+        if fma is not None:
+            single = "" if one is None else f" ({one:.1f} on one core)"
+            yield (
+                f"FMA ceiling   {fma:.1f} GFLOP/s fp32{single}, best of {limits['fma_probes']}: {limits['fma_probe']}"
+            )
+        yield (
+            f"copy ceiling  {limits['copy_gbps']:.1f} GB/s read plus written, best of {limits['copy_probes']} "
+            f"copies of {limits['copy_bytes'] / 2e6:.0f} MB"
+        )
+    bad = [row for row in rows if row["status"] in ("FAILED", "error")]
+    if bad:
+        yield paint(f"{len(bad)} of {len(rows)} rows are wrong or broken", RED)
+    else:
+        absent = sum(row["status"] == "absent" for row in rows)
+        said = f"; {absent} rows of absent providers" if absent else ""
+        yield paint(f"all {len(rows) - absent} rows that ran are correct{said}", GREEN)
+    yield ""
+    yield NOTE
