@@ -14,7 +14,7 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_train import train
-from blip3o_fast.cli_verbs import demo, evaluate, sample, show_env
+from blip3o_fast.cli_verbs import demo, evaluate, extract, sample, show_env
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -48,7 +48,7 @@ def top(
 
 
 # In the order of the job, which is the order in which help lists them.
-VERBS = {"train": train, "sample": sample, "evaluate": evaluate, "demo": demo, "env": show_env}
+VERBS = {"extract": extract, "train": train, "sample": sample, "evaluate": evaluate, "demo": demo, "env": show_env}
 for name, verb in VERBS.items():
     app.command(name=name)(verb)
 

@@ -98,6 +98,15 @@ def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     assert flags == expected
 
 
+def test_extract_has_every_argument_with_its_default() -> None:
+    from blip3o_fast.data.extract import extract
+
+    flags = {name: p.default for name, p in inspect.signature(cli.VERBS["extract"]).parameters.items()}
+    expected = {name: p.default for name, p in inspect.signature(extract).parameters.items()}
+    assert flags == expected | {"quiet": False}
+    assert expected["quiet"] is None
+
+
 @pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo"])
 def test_flags_are_named_as_their_settings(verb: str) -> None:
     import typer.main
