@@ -76,7 +76,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dty
 
     Returns [B, Tq, H, d] as PyTorch left it: in `dtype` under autocast, else in the widest dtype of q, k and v.
     """
-    if not torch.is_autocast_enabled(q.device.type):
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
     if k.shape[1] != q.shape[1]:
