@@ -32,7 +32,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     LIBRARY.define(schema)
 
     def kernel(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        # no_grad: an exported program calls the raw op itself, with parameters that require grad.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS), torch.no_grad():
             result = implementation(*args)
             _debug.checked(name, implementation, args, result)
             return result
@@ -50,8 +51,8 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def output_dtype(x: Tensor) -> torch.dtype:
     """dtype of an activation that an op returns: autocast's when it is on for x's device, else x's own."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    device = x.device.type  # meta tensors (shape and memory studies) know no autocast and raise when asked
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -320,6 +320,31 @@ def test_saves_only_the_inputs():
     assert [t.data_ptr() for t in saved] == [named[name].data_ptr() for name in ("x", "w0", "w1", "w2")] * 2
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export(layout):
+    class TwoLayers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(17, 5), nn.Linear(17, 8)
+            named = inputs(layout=layout)
+            self.first.weight.data, self.second.weight.data = named["w0"], named["w1"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return merged_linear(x, [self.first.weight, self.second.weight], [self.first.bias, self.second.bias])
+
+    model, x = TwoLayers(), torch.randn(6, 17)
+    exported = torch.export.export(model, (x[:3],), dynamic_shapes={"x": {0: torch.export.Dim("rows")}})
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_meta_tensors_have_shapes_and_gradients():
+    leaves = {name: value.to("meta").requires_grad_() for name, value in inputs(biased=True).items()}
+    y = OURS(**leaves)
+    assert y.device.type == "meta" and y.shape == (2, 5, 16)
+    y.backward(torch.empty_like(y))
+    assert all(leaf.grad.shape == leaf.shape and leaf.grad.device == leaf.device for leaf in leaves.values())
+
+
 def test_inference_mode_and_no_grad():
     named = inputs()
     expected = OURS(**named)
