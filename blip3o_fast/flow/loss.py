@@ -20,7 +20,7 @@ from blip3o_fast.flow.timesteps import (
     network_time,
 )
 from blip3o_fast.ops._flow_schedule import check_prediction_type
-from blip3o_fast.ops._philox import normal_noise_at
+from blip3o_fast.ops._philox import normal_noise_at, seed_tensor
 
 
 class FlowSettings(Protocol):
@@ -181,7 +181,7 @@ class FlowMatchingLoss:
         if first is None:
             noise = normal_noise_at(seed, index, data.shape[1:]).to(accumulation_of(data))
         else:
-            op_seed = torch.tensor([seed, first], dtype=torch.int64, device=device)
+            op_seed = seed_tensor(seed, first, device)
         path: dict[str, Any] = {
             "noise": noise,
             "seed": op_seed,

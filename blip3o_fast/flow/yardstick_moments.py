@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 4_000_000
+_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,17 @@ def fit_linear(
     means = _mean_map(condition, tokens), _mean_map(target, tokens)
     moments = _second_moments(condition, target, means)
     weight = _ridge_regression(moments, ridge)  # [E, C]
+    explained = weight.T @ moments.cross
+    residual = moments.target - explained - explained.T + weight.T @ moments.condition @ weight
 
-    judged = moments if held_out is None else _second_moments(*held_out, means)
-    residual, judged_residual = (_residual_covariance(m, weight) for m in (moments, judged))
+    judged, judged_residual, power = moments.target, residual, float(_power(target))
+    if held_out is not None:
+        judged, judged_residual = _residual_moments(*held_out, means, weight)
+        power = float(_power(held_out[1]))
     return Fit(
-        data_power=judged.data_power,
-        centred_power=float(judged.target.diagonal().mean()),
-        unconditional=_along_eigenvectors(moments.target, judged.target),
+        data_power=power,
+        centred_power=float(judged.diagonal().mean()),
+        unconditional=_along_eigenvectors(moments.target, judged),
         conditional=_along_eigenvectors(residual, judged_residual),
     )
 
@@ -64,7 +69,6 @@ class _Moments:
     condition: Tensor  # [E, E]
     cross: Tensor  # [E, C]
     target: Tensor  # [C, C]
-    data_power: float
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -90,22 +94,50 @@ def _mean_map(tensor: Tensor, tokens: int) -> Tensor:
     return total / tensor.shape[0]
 
 
+def _power(tensor: Tensor) -> Tensor:
+    """Mean square of an element, 0-d."""
+    return torch.stack([chunk.square().sum() for (chunk,) in _chunks(tensor)]).sum() / tensor.numel()
+
+
+def _centred_rows(condition: Tensor, target: Tensor, means: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """One row per token, mean maps taken away: ([rows, E], [rows, C]) chunk by chunk."""
+    for c, x in _chunks(condition, target):
+        yield (_per_token(c, x.shape[1]) - means[0]).flatten(0, 1), (x - means[1]).flatten(0, 1)
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """total += rows.T @ rows, computing the blocks on and above the diagonal only: most of the work is here."""
+    edges = [round(i * rows.shape[1] / _BLOCKS) for i in range(_BLOCKS + 1)]
+    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        product = rows[:, low:high].T @ rows[:, low:]
+        total[low:high, low:] += product
+        if i + 1 < _BLOCKS:
+            total[high:, low:high] += product[:, high - low :].T
+
+
 def _second_moments(condition: Tensor, target: Tensor, means: tuple[Tensor, Tensor]) -> _Moments:
-    tokens = target.shape[1]
-    condition_mean, target_mean = means
     dims = condition.shape[2], target.shape[2]
     cc = torch.zeros(dims[0], dims[0], dtype=torch.float64, device=target.device)
     cx, xx = cc.new_zeros(dims), cc.new_zeros(dims[1], dims[1])
-    power = cc.new_zeros(())
-    for condition_chunk, target_chunk in _chunks(condition, target):
-        power += target_chunk.square().sum()
-        c = (_per_token(condition_chunk, tokens) - condition_mean).reshape(-1, dims[0])
-        x = (target_chunk - target_mean).reshape(-1, dims[1])
-        cc += c.T @ c
+    for c, x in _centred_rows(condition, target, means):
+        _add_gram(cc, c)
+        _add_gram(xx, x)
         cx += c.T @ x
-        xx += x.T @ x
-    rows = target.shape[0] * tokens
-    return _Moments(cc / rows, cx / rows, xx / rows, float(power) / target.numel())
+    rows = target.shape[0] * target.shape[1]
+    return _Moments(cc / rows, cx / rows, xx / rows)
+
+
+def _residual_moments(
+    condition: Tensor, target: Tensor, means: tuple[Tensor, Tensor], weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Second moments [C, C] of the centred target, and of what the regression leaves of it, on other data."""
+    centred = torch.zeros(target.shape[2], target.shape[2], dtype=torch.float64, device=target.device)
+    residual = torch.zeros_like(centred)
+    for c, x in _centred_rows(condition, target, means):
+        _add_gram(centred, x)
+        _add_gram(residual, x - c @ weight)
+    rows = target.shape[0] * target.shape[1]
+    return centred / rows, residual / rows
 
 
 def _ridge_regression(moments: _Moments, ridge: float) -> Tensor:
@@ -121,12 +153,6 @@ def _ridge_regression(moments: _Moments, ridge: float) -> Tensor:
             return torch.cholesky_solve(moments.cross, factor)
     # Without a penalty the covariance may be singular: the least-squares solution of smallest norm.
     return torch.linalg.pinv(covariance, hermitian=True, rtol=1e-12) @ moments.cross
-
-
-def _residual_covariance(moments: _Moments, weight: Tensor) -> Tensor:
-    """Second moment of `target - weight.T @ condition`, [C, C]. weight need not be optimal for these moments."""
-    explained = weight.T @ moments.cross
-    return moments.target - explained - explained.T + weight.T @ moments.condition @ weight
 
 
 def _along_eigenvectors(fitted: Tensor, judged: Tensor) -> LinearFit:

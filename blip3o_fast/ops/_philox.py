@@ -98,6 +98,13 @@ def normal_noise(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return normal_noise_at(seed[0], rows, shape[1:])
 
 
+def seed_tensor(seed: int, offset: int, device: torch.device) -> torch.Tensor:
+    """int64 `[2]` = (seed, offset) for `normal_noise` and the flow ops, made without a copy from the host."""
+    pair = torch.full((2,), seed, dtype=torch.int64, device=device)
+    pair[1].fill_(offset)
+    return pair
+
+
 def per_sample_uniform(seed: int, sample_index: torch.Tensor, purpose: int) -> torch.Tensor:
     """One float32 in (0, 1] per global sample index; `purpose` separates independent draws."""
     zero = torch.zeros_like(sample_index)
@@ -108,4 +115,5 @@ def per_sample_uniform(seed: int, sample_index: torch.Tensor, purpose: int) -> t
 def _as_key(seed: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
     if isinstance(seed, torch.Tensor):
         return seed
-    return torch.tensor(seed, dtype=torch.int64, device=like.device)
+    # Not torch.tensor(seed): a copy from the host would make it wait for the device; a fill does not.
+    return torch.full((), seed, dtype=torch.int64, device=like.device)

@@ -228,7 +228,7 @@ def _prepare(
     if guidance_scale == 0:
         context = torch.zeros_like(context)
     elif guidance_scale != 1:
-        guidance = torch.tensor(guidance_scale, dtype=wide, device=device)
+        guidance = torch.full((), guidance_scale, dtype=wide, device=device)
         context = torch.cat([torch.zeros_like(context), context])
         mask = None if mask is None else torch.cat([mask, mask])
     start = path.noise_scale(levels[0]) * start

@@ -14,6 +14,7 @@ from blip3o_fast.ops._philox import (
     normal_noise_at,
     per_sample_uniform,
     philox_4x32_10,
+    seed_tensor,
     split_words,
     uniform,
 )
@@ -126,6 +127,11 @@ def test_a_batch_may_be_cut_anywhere():
     assert torch.equal(normal_noise_at(3, 100 + shuffled, (3, 7)), whole[shuffled])
     # the first elements do not depend on how many follow
     assert torch.equal(normal_noise(torch.tensor([3, 100]), (6, 2, 7)).flatten(1), whole.flatten(1)[:, :14])
+
+
+def test_the_seed_tensor():
+    for seed, offset in ((3, 100), (-(2**63), 2**63 - 1)):
+        assert torch.equal(seed_tensor(seed, offset, torch.device("cpu")), torch.tensor([seed, offset]))
 
 
 def test_empty_shapes():
