@@ -37,7 +37,7 @@ class StopRequest:
 
         def request(number: int, frame: FrameType | None) -> None:
             self.requested = True
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
             print("\nstopping after this step, with a checkpoint (again: stop at once)", file=sys.stderr, flush=True)
 
         for number in before:

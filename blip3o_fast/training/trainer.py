@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.ema import EMA
@@ -238,7 +238,8 @@ class BLIP3oTrainer(Trainer):
             raise ValueError("validation is None: this trainer was made without held-out data")
         with self.evaluated_weights():
             # model_wrapped carries accelerate's autocast; unwrapped DDP, because no gradient is exchanged.
-            model = getattr(self.model_wrapped, "module", self.model_wrapped)
+            wrapped: Any = self.model_wrapped
+            model = getattr(wrapped, "module", wrapped)
             metrics = self.validation.run(
                 model,
                 self.args.device,
@@ -248,7 +249,7 @@ class BLIP3oTrainer(Trainer):
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -334,7 +335,7 @@ class _Sized:
 @contextmanager
 def _without_config(model: nn.Module) -> Iterator[None]:
     """The Trainer's constructor writes ``use_cache`` into ``model.config``; ours is frozen and knows no such field."""
-    hidden = {name: vars(model).pop(name) for name in ("config", "_config") if name in vars(model)}
+    hidden: dict[str, Any] = {name: vars(model).pop(name) for name in ("config", "_config") if name in vars(model)}
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import netrc
+from pathlib import Path
 
 from transformers import TrainingArguments
 
@@ -47,7 +48,7 @@ def training_arguments(
         save_steps=settings.save_steps,
         save_total_limit=None,  # ours: it deletes only after the new checkpoint is whole
         report_to=["wandb"] if wandb else [],
-        run_name=settings.wandb_run_name or settings.output_dir.name,
+        run_name=settings.wandb_run_name or Path(settings.output_dir).name,
         disable_tqdm=True,  # our own progress
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=not on_cpu,

@@ -61,7 +61,9 @@ def test_a_continued_run_is_bitwise_the_same(tmp_path, make_trainer, stand_in):
 def test_accumulation_and_batch_size_change_rounding_only(tmp_path, make_trainer):
     losses, final = [], []
     for name, batch, accumulate in (("a", 8, 1), ("b", 4, 2), ("c", 2, 4)):
-        trainer = make_trainer(tmp_path / name, batch_size=batch, gradient_accumulation_steps=accumulate)
+        # A small rate: Adam divides by the gradient's size, which blows up the rounding of tiny gradients.
+        changes = {"batch_size": batch, "gradient_accumulation_steps": accumulate, "learning_rate": 1e-4}
+        trainer = make_trainer(tmp_path / name, **changes)
         trainer.train()
         entries = logged(tmp_path / name)
         losses.append(torch.tensor([entry["loss"] for entry in entries if "loss" in entry]))
@@ -69,8 +71,7 @@ def test_accumulation_and_batch_size_change_rounding_only(tmp_path, make_trainer
     assert len(losses[0]) == 5  # step 1, then every second
     for other, weight in zip(losses[1:], final[1:], strict=True):
         assert (other / losses[0] - 1).abs().max() <= 1e-5
-        # Adam divides by the gradient's size, so rounding of tiny gradients shows more in weights than in losses.
-        assert max(float((weight[k] - final[0][k]).abs().max()) for k in weight) <= 1e-4
+        assert max(float((weight[k] - final[0][k]).abs().max()) for k in weight) <= 1e-5
 
 
 def test_evaluation_does_not_depend_on_the_runs_seed_and_changes_nothing(tmp_path, make_trainer):
