@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib
 import re
 import shlex
 import sys
@@ -51,6 +52,21 @@ def missing_paths(path: Path) -> Iterator[str]:
             file = ROOT / "blip3o_fast" / name
             if not file.exists() and not file.with_suffix(".py").exists():
                 yield f"figure: {name}: no such file in blip3o_fast"
+
+
+def unknown_names(path: Path) -> Iterator[str]:
+    """`blip3o_fast.some.name` in backticks."""
+    for name in re.findall(r"`(blip3o_fast(?:\.[A-Za-z_]\w*)+)", path.read_text()):
+        parts = name.split(".")
+        found: object = importlib.import_module(parts[0])
+        try:
+            for depth, part in enumerate(parts[1:], 2):
+                if hasattr(found, part):
+                    found = getattr(found, part)
+                else:
+                    found = importlib.import_module(".".join(parts[:depth]))
+        except ImportError:
+            yield f"`{name}`: no such name"
 
 
 def unknown_targets(path: Path) -> Iterator[str]:
@@ -116,7 +132,7 @@ def problems() -> list[str]:
     known = options()
     found = []
     for path in documents():
-        for check in (broken_links, missing_paths, unknown_targets, broken_blocks, placeholders):
+        for check in (broken_links, missing_paths, unknown_names, unknown_targets, broken_blocks, placeholders):
             found += [f"{path.relative_to(ROOT)}: {problem}" for problem in check(path)]
         found += [f"{path.relative_to(ROOT)}: {problem}" for problem in unknown_commands(path, known)]
     return found

@@ -35,6 +35,7 @@ def test_links_paths_commands_and_blocks_are_good() -> None:
         ("[a](#nowhere)", "no such heading"),
         ("`blip3o_fast/nowhere.py`", "no such file or folder"),
         ("```\nx  flow/nowhere.py\n```\n", "no such file in blip3o_fast"),
+        ("`blip3o_fast.flow.nothing(x)`", "no such name"),
         ("`make nothing`", "no such target"),
         ("`blip3o-fast fly`", "no verb fly"),
         ("```\nblip3o-fast train --wings 2\n```\n", "train has no flag --wings"),
