@@ -22,8 +22,8 @@ from blip3o_fast.ops.rope_table import rope_table
 from blip3o_fast.ops.swiglu import swiglu, swiglu_ref
 
 __all__ = [
-    "debug_ops",
     "attention_implementations",
+    "debug_ops",
     "dual_attention",
     "dual_attention_ref",
     "flash_attention",
