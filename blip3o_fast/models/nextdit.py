@@ -153,7 +153,8 @@ class BLIP3oDiT(
             raise ValueError(f"timestep must have shape (B,) = ({batch},) or (), got {tuple(timestep.shape)}")
         if encoder_mask is not None and tuple(encoder_mask.shape) != shape[:2]:
             raise ValueError(f"encoder_mask must have shape (B, L) = {shape[:2]}, got {tuple(encoder_mask.shape)}")
-        if torch.is_autocast_enabled(image.device.type):
+        device = image.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return
         # Said here because what torch says of two dtypes in a product names neither the argument nor the remedy.
         dtype = self.patch_embedder.proj.weight.dtype
