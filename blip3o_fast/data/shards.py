@@ -97,21 +97,25 @@ def write_text(path: Path, text: str) -> None:
 class ShardWriter:
     """Adds shards to a folder, which it makes or continues.
 
-    Raises ``ValueError`` where the folder already holds features of other encoders: mixing them would
-    go unnoticed until the samples are bad.
+    Raises ``ValueError`` where the folder already holds features of other encoders (mixing them would go
+    unnoticed until the samples are bad), unless ``overwrite``, which drops those.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], meta: Meta) -> None:
+    def __init__(self, folder: str | os.PathLike[str], meta: Meta, *, overwrite: bool = False) -> None:
         self.folder, self.meta = Path(folder), meta
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / META).exists():
-            found = read_meta(self.folder)
-            if found != meta:
-                raise ValueError(
-                    f"{self.folder}: holds features of {_describe(found)}; asked for {_describe(meta)}; "
-                    "choose another output folder or delete this one"
-                )
-        else:
+        found = read_meta(self.folder) if (self.folder / META).exists() else None
+        if found is not None and found != meta and not overwrite:
+            raise ValueError(
+                f"{self.folder}: holds features of {_describe(found)}; asked for {_describe(meta)}; "
+                "choose another output folder, or overwrite"
+            )
+        if found is not None and found != meta and (self.folder / INDEX).exists():
+            old = {row.shard for row in read_index(self.folder)}
+            (self.folder / INDEX).unlink()  # first, so that no description lies over shards of another kind
+            for name in old:
+                (self.folder / name).unlink(missing_ok=True)
+        if found != meta:
             write_text(self.folder / META, json.dumps(asdict(meta), indent=2) + "\n")
         self.rows: dict[str, list[Row]] = {}
         for row in read_index(self.folder) if (self.folder / INDEX).exists() else []:
@@ -163,6 +167,14 @@ class ShardWriter:
         self.rows[name] = [Row(k, c, name, i, source) for i, (k, c) in enumerate(zip(keys, captions, strict=True))]
         self.write_index()
         return path
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Take shards out of the index and the folder."""
+        if names:
+            self.rows = {name: rows for name, rows in self.rows.items() if name not in names}
+            self.write_index()  # first, so that the index never lists a file that is not there
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
 
     def write_index(self) -> None:
         lines = [json.dumps(asdict(row), ensure_ascii=False) for name in sorted(self.rows) for row in self.rows[name]]

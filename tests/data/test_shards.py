@@ -141,6 +141,16 @@ def test_other_encoders_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"holds features of .* asked for .* choose another output folder"):
             ShardWriter(tmp_path, other)
     assert len(read_shards(tmp_path).keys) == 5
+    other = replace(META, target=replace(META.target, pooling="none"))
+    writer = ShardWriter(tmp_path, other, overwrite=True)
+    assert os.listdir(tmp_path) == ["meta.json"] and read_meta(tmp_path) == other and writer.rows == {}
+
+
+def test_dropping_shards(tmp_path: Path) -> None:
+    make(tmp_path)
+    ShardWriter(tmp_path, META).drop([shard_name(0)])
+    assert read_shards(tmp_path).keys == ["1-0", "1-1"]
+    assert sorted(os.listdir(tmp_path)) == ["index.jsonl", "meta.json", "shard_00001.safetensors"]
 
 
 def test_bad_features_are_not_written(tmp_path: Path) -> None:
