@@ -31,7 +31,7 @@ class Settings:
     max_rounds: int = 101
     max_time: float = 1.0
     min_time: float = 1e-3
-    warmup: int = 2
+    warmup: int = 1
     timed: bool = True  # False: only the correctness
     timer: Callable[[], float] = time.perf_counter
 
@@ -121,7 +121,7 @@ def _time(
 
     common: dict[str, Any] = {"prepare": prepare, "synchronize": synchronize, "timer": settings.timer}
     with torch.set_grad_enabled(mode != "forward"):
-        trial = interleaved(runs, rounds=3, warmup=settings.warmup, **common)
+        trial = interleaved(runs, rounds=2, warmup=settings.warmup, **common)
         calls = {
             name: min(1000, max(1, math.ceil(settings.min_time / max(timing.median, 1e-9))))
             for name, timing in trial.items()
@@ -129,7 +129,7 @@ def _time(
         round_time = sum(calls[name] * timing.median for name, timing in trial.items())
         affordable = int(len(names) * settings.max_time / max(round_time, 1e-9))
         rounds = min(settings.max_rounds, max(settings.min_rounds, affordable))
-        return interleaved(runs, rounds=rounds, warmup=1, calls=calls, between=between, **common)
+        return interleaved(runs, rounds=rounds, warmup=0, calls=calls, between=between, **common)
 
 
 def measure(
@@ -167,7 +167,7 @@ def measure(
         baseline = timings.get(next(iter(work.providers)))
         rows = []
         for name, check in checked[gradients].items():
-            row = {"suite": work.suite, "case": work.case, "mode": mode, "provider": name}
+            row: dict[str, Any] = {"suite": work.suite, "case": work.case, "mode": mode, "provider": name}
             row |= {"detail": work.details.get(name), **check, "inputs_in_rotation": len(pool)}
             row |= {"bytes": work.bytes_moved.get(mode), "flops": work.flops.get(mode)}
             rows.append(row | _figures(timings.get(name), baseline, row["bytes"], row["flops"]))
@@ -182,7 +182,7 @@ def _figures(
     if timing is None:
         return dict.fromkeys(names)
     speedups = None if baseline is None else timing.speedups(baseline)
-    figures = [timing.median, timing.p20, timing.p80, len(timing.samples), timing.calls]
+    figures: list[float | None] = [timing.median, timing.p20, timing.p80, len(timing.samples), timing.calls]
     figures += [None] * 3 if speedups is None else [speedups.median, speedups.p20, speedups.p80]
     figures += [None if amount is None else amount / timing.median * 1e-9 for amount in (bytes_moved, flops)]
     return dict(zip(names, figures, strict=True))

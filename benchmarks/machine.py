@@ -169,7 +169,7 @@ class Ceilings:
         self.copies: list[float] = []
         self.cpus = affinity()
         threads = torch.get_num_threads()
-        self.pins = self.cpus[:threads] if self.cpus and len(self.cpus) >= threads else [None] * threads
+        self.pins: list[Any] = self.cpus[:threads] if self.cpus and len(self.cpus) >= threads else [None] * threads
         self.probe = build_fma_probe() if device == "cpu" else None
         self.kind = "none"
         if self.probe is not None:
@@ -233,7 +233,7 @@ class Ceilings:
         torch.mm(self.matrix, self.matrix)
         return 2 * 192**3 / (self.clock() - start) * 1e-9
 
-    def _burst(self, pins: list[int | None]) -> float:
+    def _burst(self, pins: list[Any]) -> float:
         rates: list[float] = []
 
         def run(pin: int | None) -> None:

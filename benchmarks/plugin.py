@@ -57,7 +57,7 @@ class Run:
 
     def finish(self) -> None:
         """Also after Ctrl-C: the ceilings, as good as the probes so far make them, close the run."""
-        if self.limits is None and self.rows:
+        if self.limits is None and any(row["median_s"] is not None for row in self.rows):
             self.limits = self.ceilings.finish()
             if self.writer is not None:
                 self.writer.append("ceilings", self.limits)
