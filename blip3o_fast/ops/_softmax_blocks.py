@@ -41,10 +41,6 @@ class Heads(NamedTuple):
         count = min(self.samples.stop, batch) - self.samples.start
         return g[self.queries].repeat(count)[:, None, None]
 
-    def of_statistics(self, lse: Tensor, rows: slice) -> Tensor:
-        """[B, H, T] -> [n*h, rows, 1]."""
-        return lse[self.samples, self.queries, rows].flatten(0, 1)[..., None]
-
     def store_queries(self, target: Tensor, rows: slice, value: Tensor) -> None:
         place = target[self.samples, rows, self.queries]
         place.copy_(value.unflatten(0, (place.shape[0], place.shape[2])).transpose(1, 2))
@@ -55,10 +51,6 @@ class Heads(NamedTuple):
         if self.group > 1:
             value = value.unflatten(0, (-1, self.group)).sum(1)
         place.copy_(value.unflatten(0, (place.shape[0], place.shape[2])).transpose(1, 2))
-
-    def store_statistics(self, target: Tensor, rows: slice, value: Tensor) -> None:
-        place = target[self.samples, self.queries, rows]
-        place.copy_(value.view(place.shape))
 
 
 def _reads_in_place(tensor: Tensor) -> bool:
@@ -94,45 +86,36 @@ def values(v: Tensor, mask: Tensor | None) -> Tensor:
     return v if mask is None else v.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
-def probabilities(
-    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, with_statistics: bool
-) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T scale) [n*h, rows, L], and the logarithm of each row's sum of exponentials (+inf: nothing seen).
-
-    A row of a sample that sees nothing is uniform here; `values` makes its contribution zero.
-    """
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale), [n*h, rows, L]. Uniform for a sample that sees nothing; `values` makes it count zero."""
     scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
     if mask is not None:
         # the lowest number and not -inf, with which a row that sees nothing would be NaN
         scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    p = torch.softmax(scores, -1)
-    if not with_statistics:
-        return p, None
-    # the row's largest probability is exp(largest score - lse)
-    lse = scores.amax(-1) - p.amax(-1).log()
-    return p, lse if mask is None else lse.masked_fill(~mask.any(-1), torch.inf)
-
-
-def probabilities_again(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, lse: Tensor) -> Tensor:
-    """The same probabilities from the saved row statistic, zero in rows that see nothing."""
-    scores = torch.baddbmm(lse.neg(), q, k.transpose(1, 2), alpha=scale)
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
-    return scores.exp_()
+    return torch.softmax(scores, -1)
 
 
 class Gradient:
     """The gradients of one attention, block of rows by block of rows."""
 
-    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> None:
-        self.keys, self.values, self.mask, self.scale = keys, values, mask, scale
-        self.dkeys, self.dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    def __init__(self, keys: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> None:
+        self.keys, self.values, self.mask, self.scale = keys, values(v, mask), mask, scale
+        self._dkeys: Tensor | None = None
+        self._dvalues: Tensor | None = None
 
-    def add(self, q: Tensor, dout: Tensor, lse: Tensor) -> Tensor:
-        """Take these rows into dkeys and dvalues; returns dq, [n*h, rows, d]."""
-        p = probabilities_again(q, self.keys, self.mask, self.scale, lse)
-        self.dvalues.baddbmm_(p.transpose(1, 2), dout)
+    def add(self, q: Tensor, dout: Tensor) -> Tensor:
+        """Take these rows into the gradients of keys and values; returns dq, [n*h, rows, d]."""
+        p = probabilities(q, self.keys, self.mask, self.scale)
         dp = torch.bmm(dout, self.values.transpose(1, 2))
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp)) in one pass
-        self.dkeys.baddbmm_(ds.transpose(1, 2), q, alpha=self.scale)
+        dkeys, dvalues = torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), dout)
+        # added apart: a product that starts from the sum so far loses low bits at every step
+        self._dkeys = dkeys if self._dkeys is None else self._dkeys.add_(dkeys)
+        self._dvalues = dvalues if self._dvalues is None else self._dvalues.add_(dvalues)
         return torch.bmm(ds, self.keys).mul_(self.scale)
+
+    def of_keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """dk and dv of all rows, [n*h, L, d]."""
+        if self._dkeys is None or self._dvalues is None:
+            return torch.zeros_like(self.keys), torch.zeros_like(self.values)
+        return self._dkeys.mul_(self.scale), values(self._dvalues, self.mask)

@@ -10,7 +10,7 @@ Source: `LuminaNextDiTBlock` and `LuminaAttnProcessor2_0` of diffusers. There ea
 are flattened, so its H / K query heads are consecutive; proportional attention (`base_sequence_length`) changes the
 scale only where the keys are rotated, which is the self-attention, and the cross-attention keeps PyTorch's default.
 
-Backward, with g = tanh(gate), dPi = dout vi^T, and each Pi recomputed from its row statistic:
+Backward, with g = tanh(gate), dPi = dout vi^T, and each Pi made again:
 
     dv1 = P1^T dout                  dv2   = g * W    with W = P2^T dout
     dS1 = P1 * (dP1 - sum(P1 * dP1)) dS2   = g * P2 * (dP2 - sum(P2 * dP2))
@@ -18,7 +18,7 @@ Backward, with g = tanh(gate), dPi = dout vi^T, and each Pi recomputed from its 
     dk1 = dS1^T q1 * scale           dk2   = dS2^T q2 / sqrt(d)
     dgate = (1 - g^2) * sum(W * v2)  since sum(dout * P2 v2) = sum(W * v2): P2 v2 need not be kept or made again
 
-Saved: the inputs, and lse1 and lse2, [B, H, T] each.
+Saved: the inputs alone; see `flash_attention` for why no row statistic.
 """
 
 from typing import Any
@@ -99,13 +99,11 @@ def _forward_reference(
     gate: Tensor,
     mask: Tensor | None,
     scale: float,
-    with_statistics: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc, mask = accumulation_dtype(qkq), softmax_blocks.seen(mask)
-    out, lse1, lse2 = _forward_fake(qkq, v1, k2, v2, gate, mask, scale, with_statistics, dtype, "reference")
+) -> Tensor:
+    acc, mask, cross_scale = accumulation_dtype(qkq), softmax_blocks.seen(mask), qkq.shape[-1] ** -0.5
     q1, k1, q2 = _split(qkq, v1.shape[2])
-    by_head, g = out.view(q1.shape), gate.to(acc).tanh()
+    out, g = torch.empty(q1.shape, dtype=dtype, device=qkq.device), gate.to(acc).tanh()
     by_heads, by_rows = softmax_blocks.partition(q1, v1.shape[2], max(k1.shape[1], k2.shape[1]))
     for heads in by_heads:
         visible = None if mask is None else heads.of_mask(mask)
@@ -113,18 +111,10 @@ def _forward_reference(
         # the gate goes into the few values instead of the many outputs
         values2 = softmax_blocks.values(heads.of_keys(v2, acc), visible) * heads.of_gate(g, len(qkq))
         for rows in by_rows:
-            p1, block_lse1 = softmax_blocks.probabilities(
-                heads.of_queries(q1, rows, acc), keys1, None, scale, with_statistics
-            )
-            own = torch.bmm(p1, values1)
-            p2, block_lse2 = softmax_blocks.probabilities(
-                heads.of_queries(q2, rows, acc), keys2, visible, q2.shape[-1] ** -0.5, with_statistics
-            )
-            heads.store_queries(by_head, rows, own.baddbmm_(p2, values2))
-            if block_lse1 is not None and block_lse2 is not None:
-                heads.store_statistics(lse1, rows, block_lse1)
-                heads.store_statistics(lse2, rows, block_lse2)
-    return out, lse1, lse2
+            own = softmax_blocks.probabilities(heads.of_queries(q1, rows, acc), keys1, None, scale)
+            cross = softmax_blocks.probabilities(heads.of_queries(q2, rows, acc), keys2, visible, cross_scale)
+            heads.store_queries(out, rows, torch.bmm(own, values1).add_(torch.bmm(cross, values2)))
+    return out.flatten(2)
 
 
 def _backward_reference(
@@ -135,16 +125,14 @@ def _backward_reference(
     v2: Tensor,
     gate: Tensor,
     mask: Tensor | None,
-    lse1: Tensor,
-    lse2: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    acc, mask, cross_scale = lse1.dtype, softmax_blocks.seen(mask), qkq.shape[-1] ** -0.5
+    acc, mask, cross_scale = accumulation_dtype(qkq), softmax_blocks.seen(mask), qkq.shape[-1] ** -0.5
     dqkq, dv1, dk2, dv2 = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qkq, v1, k2, v2))
     q1, k1, q2 = _split(qkq, v1.shape[2])
     dq1, dk1, dq2 = _split(dqkq, v1.shape[2])
     upstream, g = dout.unflatten(-1, q1.shape[2:]), gate.to(acc).tanh()
-    along_values = torch.zeros(len(qkq), q1.shape[2], dtype=acc, device=qkq.device)
+    dgate = torch.zeros_like(g)
     by_heads, by_rows = softmax_blocks.partition(q1, v1.shape[2], max(k1.shape[1], k2.shape[1]))
     for heads in by_heads:
         visible = None if mask is None else heads.of_mask(mask)
@@ -153,18 +141,17 @@ def _backward_reference(
         cross = softmax_blocks.Gradient(heads.of_keys(k2, acc), heads.of_keys(v2, acc), visible, cross_scale)
         for rows in by_rows:
             du = heads.of_queries(upstream, rows, acc)
-            dq = own.add(heads.of_queries(q1, rows, acc), du, heads.of_statistics(lse1, rows))
-            heads.store_queries(dq1, rows, dq)
-            dq = cross.add(heads.of_queries(q2, rows, acc), du, heads.of_statistics(lse2, rows))
-            heads.store_queries(dq2, rows, dq.mul_(block_gate))
-        heads.store_keys(dk1, own.dkeys)
-        heads.store_keys(dv1, own.dvalues)
-        product = (cross.dvalues * cross.values).sum((1, 2))
-        heads.store_statistics(along_values[..., None], slice(None), product)
-        heads.store_keys(dk2, cross.dkeys.mul_(block_gate))
-        heads.store_keys(dv2, cross.dvalues.mul_(block_gate))
-    dgate = (1 - g.square()) * along_values.sum(0)
-    return dqkq, dv1, dk2, dv2, dgate.to(gate.dtype)
+            heads.store_queries(dq1, rows, own.add(heads.of_queries(q1, rows, acc), du))
+            heads.store_queries(dq2, rows, cross.add(heads.of_queries(q2, rows, acc), du).mul_(block_gate))
+        dkeys, dvalues = own.of_keys_and_values()
+        heads.store_keys(dk1, dkeys)
+        heads.store_keys(dv1, dvalues)
+        dkeys, dvalues = cross.of_keys_and_values()
+        product = (dvalues * cross.values).sum((1, 2))
+        dgate[heads.queries] += product.unflatten(0, (-1, dgate[heads.queries].shape[0])).sum(0)
+        heads.store_keys(dk2, dkeys.mul_(block_gate))
+        heads.store_keys(dv2, dvalues.mul_(block_gate))
+    return dqkq, dv1, dk2, dv2, dgate.mul_(1 - g.square()).to(gate.dtype)
 
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
@@ -174,7 +161,7 @@ _BACKWARD = {"reference": _backward_reference}
 BACKENDS = Backends("dual_attention")
 
 
-def _forward(qkq: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(qkq: Tensor, *args: Any) -> Tensor:
     return _FORWARD[args[-1]](qkq, *args[:-1])
 
 
@@ -190,14 +177,10 @@ def _forward_fake(
     gate: Tensor,
     mask: Tensor | None,
     scale: float,
-    with_statistics: bool,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, _, head_dim = qkq.shape
-    heads = gate.shape[0]
-    lse = qkq.new_empty((batch, heads, tokens) if with_statistics else (0,), dtype=accumulation_dtype(qkq))
-    return qkq.new_empty((batch, tokens, heads * head_dim), dtype=dtype), lse, torch.empty_like(lse)
+) -> Tensor:
+    return qkq.new_empty((*qkq.shape[:2], gate.shape[0] * qkq.shape[-1]), dtype=dtype)
 
 
 def _backward_fake(
@@ -207,17 +190,15 @@ def _backward_fake(
     return dqkq, dv1, dk2, dv2, dgate
 
 
-# lse1 and lse2 have no elements without statistics: sampling does not pay for them
 _dual_attention_fwd = define(
     "dual_attention_fwd(Tensor qkq, Tensor v1, Tensor k2, Tensor v2, Tensor gate, Tensor? mask, float scale,"
-    " bool with_statistics, ScalarType dtype, str backend) -> (Tensor out, Tensor lse1, Tensor lse2)",
+    " ScalarType dtype, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 _dual_attention_bwd = define(
     "dual_attention_bwd(Tensor dout, Tensor qkq, Tensor v1, Tensor k2, Tensor v2, Tensor gate, Tensor? mask,"
-    " Tensor lse1, Tensor lse2, float scale, str backend)"
-    " -> (Tensor dqkq, Tensor dv1, Tensor dk2, Tensor dv2, Tensor dgate)",
+    " float scale, str backend) -> (Tensor dqkq, Tensor dv1, Tensor dk2, Tensor dv2, Tensor dgate)",
     _backward,
     _backward_fake,
 )
@@ -240,10 +221,9 @@ class _DualAttention(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        out, lse1, lse2 = _dual_attention_fwd(qkq, v1, k2, v2, gate, mask, scale, True, dtype, backend)
-        ctx.save_for_backward(qkq, v1, k2, v2, gate, mask, lse1, lse2)
+        ctx.save_for_backward(qkq, v1, k2, v2, gate, mask)
         ctx.scale, ctx.backend = scale, backend
-        return out
+        return _dual_attention_fwd(qkq, v1, k2, v2, gate, mask, scale, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -292,4 +272,4 @@ def dual_attention(
             return (own + g * cross).flatten(2).to(dtype)
         if differentiable:
             return _DualAttention.apply(qkq, v1, k2, v2, gate, mask, scale, dtype, backend)
-        return _dual_attention_fwd(qkq, v1, k2, v2, gate, mask, scale, False, dtype, backend)[0]
+        return _dual_attention_fwd(qkq, v1, k2, v2, gate, mask, scale, dtype, backend)

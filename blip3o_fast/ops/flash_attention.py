@@ -9,13 +9,14 @@ Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; never holding all
 https://arxiv.org/abs/2205.14135; the order of the repeated key heads is `LuminaAttnProcessor2_0` of diffusers, whose
 `repeat` of each key head before flattening gives every key head H / K consecutive query heads.
 
-Backward, with dP = dout v^T and P recomputed from lse = log(sum(exp(q k^T * scale))):
+Backward, with dP = dout v^T and P made again:
 
     dv = P^T dout
     dS = P * (dP - sum(P * dP))        sum over the keys of a row
     dq = dS k * scale,   dk = dS^T q * scale        dk and dv summed over the query heads of a group
 
-Saved: the inputs and lse, [B, H, Tq].
+Saved: the inputs alone. The pass that makes P again has whole rows at hand, so a saved row statistic would save
+nothing, and exp(score - lse) would carry the rounding of lse into the whole row.
 """
 
 from typing import Any
@@ -72,37 +73,35 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | 
 
 
 def _forward_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, with_statistics: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
     acc, mask = accumulation_dtype(q), softmax_blocks.seen(mask)
-    out, lse = _forward_fake(q, k, v, mask, scale, with_statistics, dtype, "reference")
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     by_heads, by_rows = softmax_blocks.partition(q, k.shape[2], k.shape[1])
     for heads in by_heads:
         visible = None if mask is None else heads.of_mask(mask)
         keys, values = heads.of_keys(k, acc), softmax_blocks.values(heads.of_keys(v, acc), visible)
         for rows in by_rows:
-            queries = heads.of_queries(q, rows, acc)
-            p, block_lse = softmax_blocks.probabilities(queries, keys, visible, scale, with_statistics)
+            p = softmax_blocks.probabilities(heads.of_queries(q, rows, acc), keys, visible, scale)
             heads.store_queries(out, rows, torch.bmm(p, values))
-            if block_lse is not None:
-                heads.store_statistics(lse, rows, block_lse)
-    return out, lse
+    return out
 
 
 def _backward_reference(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc, mask = lse.dtype, softmax_blocks.seen(mask)
+    acc, mask = accumulation_dtype(q), softmax_blocks.seen(mask)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     by_heads, by_rows = softmax_blocks.partition(q, k.shape[2], k.shape[1])
     for heads in by_heads:
         visible = None if mask is None else heads.of_mask(mask)
         gradient = softmax_blocks.Gradient(heads.of_keys(k, acc), heads.of_keys(v, acc), visible, scale)
         for rows in by_rows:
-            upstream, statistics = heads.of_queries(dout, rows, acc), heads.of_statistics(lse, rows)
-            heads.store_queries(dq, rows, gradient.add(heads.of_queries(q, rows, acc), upstream, statistics))
-        heads.store_keys(dk, gradient.dkeys)
-        heads.store_keys(dv, gradient.dvalues)
+            dqueries = gradient.add(heads.of_queries(q, rows, acc), heads.of_queries(dout, rows, acc))
+            heads.store_queries(dq, rows, dqueries)
+        dkeys, dvalues = gradient.of_keys_and_values()
+        heads.store_keys(dk, dkeys)
+        heads.store_keys(dv, dvalues)
     return dq, dk, dv
 
 
@@ -113,7 +112,7 @@ _BACKWARD = {"reference": _backward_reference}
 BACKENDS = Backends("flash_attention")
 
 
-def _forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, *args: Any) -> Tensor:
     return _FORWARD[args[-1]](q, *args[:-1])
 
 
@@ -122,35 +121,25 @@ def _backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    with_statistics: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
-    lse = q.new_empty((batch, heads, tokens) if with_statistics else (0,), dtype=accumulation_dtype(q))
-    return q.new_empty(q.shape, dtype=dtype), lse
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
 
 
 def _backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, scale: float, backend: str
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# lse has no elements without statistics: sampling does not pay for them
 _flash_attention_fwd = define(
-    "flash_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool with_statistics,"
-    " ScalarType dtype, str backend) -> (Tensor out, Tensor lse)",
+    "flash_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, ScalarType dtype, str backend)"
+    " -> Tensor",
     _forward,
     _forward_fake,
 )
 _flash_attention_bwd = define(
-    "flash_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor lse, float scale, str backend)"
+    "flash_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_fake,
@@ -172,16 +161,14 @@ class _FlashAttention(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        out, lse = _flash_attention_fwd(q, k, v, mask, scale, True, dtype, backend)
-        ctx.save_for_backward(q, k, v, mask, lse)
+        ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.backend = scale, backend
-        return out
+        return _flash_attention_fwd(q, k, v, mask, scale, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("flash_attention")
-        q, k, v, mask, lse = ctx.saved_tensors
-        dq, dk, dv = _flash_attention_bwd(dout, q, k, v, mask, lse, ctx.scale, ctx.backend)
+        dq, dk, dv = _flash_attention_bwd(dout, *ctx.saved_tensors, ctx.scale, ctx.backend)
         return dq, dk, dv, None, None, None, None
 
 
@@ -210,4 +197,4 @@ def flash_attention(
             return _attention.sdpa(q, k, v, scale, mask, dtype).to(dtype)
         if differentiable:
             return _FlashAttention.apply(q, k, v, mask, scale, dtype, backend)
-        return _flash_attention_fwd(q, k, v, mask, scale, False, dtype, backend)[0]
+        return _flash_attention_fwd(q, k, v, mask, scale, dtype, backend)

@@ -1,0 +1,365 @@
+"""dual_attention against diffusers' attention modules and PyTorch's attention, in fp64 and by the numerics contract."""
+
+import importlib
+import itertools
+import re
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, LuminaAttnProcessor2_0
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from blip3o_fast.ops import dual_attention, dual_attention_ref, qk_norm_rope, rope_table, use_attention, use_backend
+from blip3o_fast.testing import assert_contract
+
+OP = importlib.import_module("blip3o_fast.ops.dual_attention")  # the module: the package's name is the function
+BLOCKS = importlib.import_module("blip3o_fast.ops._softmax_blocks")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# as autocast makes them: half-precision projections, the gate an fp32 parameter
+MIXED = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32)
+# the context prepared outside of autocast
+MIXED_CONTEXT = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32)
+# B, T, L, H, K, d
+SHAPES = [(2, 64, 64, 4, 4, 64), (1, 6, 77, 6, 2, 72), (3, 1, 257, 3, 1, 20), (2, 7, 1, 2, 2, 6)]
+NAMES = ("y", "dqkq", "dv1", "dk2", "dv2", "dgate")
+
+
+@pytest.fixture(params=["reference", "sdpa"])
+def implementation(request):
+    """Run the test once with each implementation that works here."""
+    with use_attention("sdpa") if request.param == "sdpa" else use_backend(request.param):
+        yield request.param
+
+
+def inputs(shape, dtypes=(torch.float32,) * 5) -> list[Tensor]:
+    """As the model has them: v1 and v2 the last columns of wider projections."""
+    batch, tokens, context, heads, key_heads, dim = shape
+    qkq = torch.randn(batch, tokens, 2 * heads + key_heads, dim)
+    v1 = torch.randn(batch, tokens, 2 * heads + 2 * key_heads, dim).to(dtypes[1])[:, :, -key_heads:]
+    k2 = torch.randn(batch, context, key_heads, dim)
+    v2 = torch.randn(batch, context, 2 * key_heads, dim).to(dtypes[3])[:, :, key_heads:]
+    return [qkq.to(dtypes[0]), v1, k2.to(dtypes[2]), v2, torch.randn(heads).to(dtypes[4])]
+
+
+def upstream(shape, dtype=torch.float32) -> Tensor:
+    return torch.randn(*shape[:2], shape[3] * shape[5]).to(dtype)
+
+
+def some_seen(batch: int, context: int) -> Tensor:
+    """A mask that hides some tokens of every sample, never all."""
+    mask = torch.rand(batch, context) < 0.7
+    mask[:, context // 2] = True
+    return mask
+
+
+def eager(qkq, v1, k2, v2, gate, *, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """Stock: key heads repeated, masks expanded, two PyTorch calls, gate, sum."""
+    heads, key_heads = gate.shape[0], v1.shape[2]
+    q1, k1, q2 = qkq.split([heads, key_heads, heads], 2)
+
+    def attend(q, k, v, scale, mask):
+        repeats, dtype = heads // key_heads, torch.promote_types(q.dtype, k.dtype)
+        k, v = (t.to(dtype).unsqueeze(3).repeat(1, 1, 1, repeats, 1).flatten(2, 3) for t in (k, v))
+        mask = mask.bool().view(q.shape[0], 1, 1, -1).expand(-1, heads, q.shape[1], -1)
+        q, k, v = q.to(dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out.transpose(1, 2).to(qkq.dtype)
+
+    own = attend(q1, k1, v1, scale, torch.ones(qkq.shape[:2]))
+    cross = attend(q2, k2, v2, None, torch.ones(k2.shape[:2]) if mask is None else mask)
+    return (own + cross * gate.tanh().view(1, 1, -1, 1)).flatten(-2)
+
+
+def run(function, args: list[Tensor], dy: Tensor, **settings) -> dict[str, Tensor]:
+    """Output and the gradient of each input for the upstream gradient dy."""
+    leaves = [a.detach().requires_grad_() for a in args]
+    y = function(*leaves, **settings)
+    return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))), strict=True))
+
+
+def check_contract(args: list[Tensor], dy: Tensor, ours: dict[str, Tensor] | None = None, **settings) -> None:
+    ours = run(dual_attention, args, dy, **settings) if ours is None else ours
+    stock = run(eager, args, dy, **settings)
+    gold = run(dual_attention_ref, [a.double() for a in args], dy.double(), **settings)
+    for name, value in ours.items():
+        assert_contract(value, stock[name], gold[name], name)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_reference_is_two_pytorch_attentions(masked, scale):
+    args = [a.double() for a in inputs((3, 5, 7, 6, 2, 8))]
+    mask = some_seen(3, 7) if masked else None
+    ours, stock = (f(*args, scale=scale, mask=mask) for f in (dual_attention_ref, eager))
+    torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("base_sequence_length", [None, 2])
+def test_is_diffusers_block(implementation, heads, key_heads, base_sequence_length):
+    """The mixed attention of LuminaNextDiTBlock.forward, its modules and parameters, with GQA and the scale rule."""
+    dim, head_dim = 8 * heads, 8
+    own, cross = (
+        Attention(
+            query_dim=dim, cross_attention_dim=width, dim_head=head_dim, qk_norm="layer_norm_across_heads",
+            heads=heads, kv_heads=key_heads, eps=1e-5, bias=False, out_bias=False, processor=LuminaAttnProcessor2_0(),
+        )
+        for width in (None, 24)
+    )  # fmt: skip
+    own.to_out = torch.nn.Identity()
+    x, context, gate = torch.randn(3, 6, dim), torch.randn(3, 5, 24), torch.randn(heads)
+    mask, rope = some_seen(3, 5), rope_table(2, 3, head_dim)
+    freqs = torch.view_as_complex(rope)[None]
+    more = {} if base_sequence_length is None else {"base_sequence_length": base_sequence_length}
+    stock = own(x, encoder_hidden_states=x, attention_mask=torch.ones(3, 6), query_rotary_emb=freqs,
+                key_rotary_emb=freqs, **more)  # fmt: skip
+    other = cross(x, encoder_hidden_states=context, attention_mask=mask, query_rotary_emb=freqs, **more)
+    stock = (stock + other * gate.tanh().view(1, 1, -1, 1)).flatten(-2)
+
+    norms = (own.norm_q, own.norm_k, cross.norm_q)
+    qkq = qk_norm_rope(
+        torch.cat((own.to_q(x), own.to_k(x), cross.to_q(x)), -1),
+        [n.weight for n in norms], [n.bias for n in norms], rope, heads=(heads, key_heads, heads), head_dim=head_dim,
+    )  # fmt: skip
+    k2 = qk_norm_rope(
+        cross.to_k(context), [cross.norm_k.weight], [cross.norm_k.bias], None, heads=(key_heads,), head_dim=head_dim
+    )
+    v1, v2 = (t.unflatten(-1, (key_heads, head_dim)) for t in (own.to_v(x), cross.to_v(context)))
+    scale = None
+    if base_sequence_length is not None:
+        scale = (
+            head_dim**-0.5 * (torch.tensor(6.0).log() / torch.tensor(float(base_sequence_length)).log()).sqrt().item()
+        )
+    ours = dual_attention(qkq, v1, k2, v2, gate, scale=scale, mask=mask)
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtypes", [*[(d,) * 5 for d in DTYPES], MIXED, MIXED_CONTEXT], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contract(implementation, shape, dtypes, masked):
+    args, dy = inputs(shape, dtypes), upstream(shape, dtypes[0])
+    mask = some_seen(shape[0], shape[2]) if masked else None
+    ours = run(dual_attention, args, dy, mask=mask, scale=0.2)
+    for value, dtype in zip(ours.values(), (dtypes[0], *dtypes), strict=True):
+        assert value.dtype == dtype
+    if implementation == "sdpa" and shape[2] == 1:
+        # One token of context: the gradient of its key is exactly zero, and what PyTorch leaves there is the rounding of
+        # its own output. Twice eager's is no measure of it: eager's happens to cancel, ours happens not to.
+        left = ours.pop("dk2")
+        assert left.abs().max() <= torch.finfo(dtypes[0]).eps * ours["dv2"].abs().max()
+    check_contract(args, dy, ours, mask=mask, scale=0.2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(implementation, masked):
+    args = [a.double().requires_grad_() for a in inputs((2, 3, 4, 4, 2, 2))]
+    mask = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
+    assert torch.autograd.gradcheck(lambda *a: dual_attention(*a, scale=0.9, mask=mask), args)
+
+
+def test_gradients_at_a_closed_gate(implementation):
+    """Stock starts with every gate at zero: no context gets through, and the gate itself must still learn."""
+    shape = (2, 5, 6, 4, 2, 8)
+    args, dy = inputs(shape), upstream(shape)
+    args[-1] = torch.zeros(4)
+    ours = run(dual_attention, args, dy)
+    check_contract(args, dy, ours)
+    assert ours["dgate"].abs().min() > 0
+    for value in (ours["dk2"], ours["dv2"], ours["dqkq"][:, :, 6:]):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_a_sample_without_context_gets_none(implementation):
+    shape = (3, 4, 6, 4, 2, 8)
+    args, dy, mask = inputs(shape), upstream(shape), some_seen(3, 6)
+    mask[1] = False
+    ours = run(dual_attention, args, dy, mask=mask)
+    alone = [a[1:2] for a in args[:-1]]
+    closed = run(dual_attention, [*alone, torch.zeros(4)], dy[1:2])
+    assert torch.equal(ours["y"][1], closed["y"][0])
+    assert torch.equal(ours["dqkq"][1, :, :6], closed["dqkq"][0, :, :6])
+    for value in (ours["dqkq"][1, :, 6:], ours["dk2"][1], ours["dv2"][1]):
+        assert torch.equal(value, torch.zeros_like(value))
+    check_contract(
+        [*(a[[0, 2]] for a in args[:-1]), args[-1]],
+        dy[[0, 2]],
+        {n: t if n == "dgate" else t[[0, 2]] for n, t in ours.items()},
+        mask=mask[[0, 2]],
+    )
+    nothing = run(dual_attention, args, dy, mask=torch.zeros_like(mask))
+    assert torch.equal(nothing["dgate"], torch.zeros(4))
+
+
+def test_a_mask_that_hides_nothing_changes_nothing():
+    shape = (2, 5, 6, 2, 2, 8)
+    args, dy = inputs(shape), upstream(shape)
+    with use_backend("reference"):
+        plain, masked = (run(dual_attention, args, dy, mask=m) for m in (None, torch.ones(2, 6, dtype=torch.bool)))
+    for name, value in plain.items():
+        assert torch.equal(value, masked[name]), name
+
+
+@pytest.mark.parametrize("budget", [1, 40, 300])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_blocks_cover_everything(monkeypatch, budget, per_sample):
+    """Blocks of single rows, of some rows, of some heads; of one sample (CPU) and of several (other devices)."""
+    monkeypatch.setattr(BLOCKS, "_CPU_BLOCK", budget)
+    if not per_sample:
+        monkeypatch.setattr(BLOCKS, "_DEVICE_BLOCK", 4 * budget)
+        monkeypatch.setattr(BLOCKS, "_reads_in_place", lambda tensor: False)
+    shape = (5, 7, 9, 6, 3, 4)
+    args, dy, mask = inputs(shape), upstream(shape), some_seen(5, 9)
+    with use_backend("reference"):
+        for given in (None, mask):
+            check_contract(args, dy, mask=given)
+
+
+def test_strided_inputs(implementation):
+    """Every other token, strided gate and mask, a transposed upstream gradient."""
+    args = inputs((2, 10, 12, 4, 2, 8))
+    args = [*(a[:, ::2] for a in args[:-1]), torch.randn(8)[::2]]
+    mask = some_seen(6, 2).T
+    mask[:, 3] = True
+    check_contract(args, torch.randn(2, 32, 5).transpose(1, 2), mask=mask)
+    # no unit stride anywhere
+    args = [torch.randn(8, h, n, 2).permute(3, 2, 1, 0) for h, n in ((10, 5), (2, 5), (2, 6), (2, 6))]
+    check_contract([*args, torch.randn(4)], torch.randn(2, 5, 64)[..., ::2])
+
+
+def test_no_samples(implementation):
+    shape = (0, 3, 4, 2, 1, 8)
+    args = inputs(shape)
+    ours = run(dual_attention, args, upstream(shape), mask=torch.ones(0, 4, dtype=torch.bool))
+    assert ours["y"].shape == (0, 3, 16)
+    for name, like in zip(NAMES[1:], args, strict=True):
+        assert torch.equal(ours[name], torch.zeros_like(like))
+
+
+def test_deterministic(implementation):
+    shape = (3, 33, 65, 4, 2, 16)
+    args, dy, mask = inputs(shape), upstream(shape), some_seen(3, 65)
+    for given in (None, mask):
+        first, second = (run(dual_attention, args, dy, mask=given) for _ in range(2))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(backend, masked):
+    args, mask = inputs((2, 3, 4, 4, 2, 8)), some_seen(2, 4) if masked else None
+    torch.library.opcheck(OP._dual_attention_fwd, (*args, mask, 0.3, torch.bfloat16, backend))
+    torch.library.opcheck(OP._dual_attention_bwd, (torch.randn(2, 3, 32), *args, mask, 0.3, backend))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compile_does_not_recompile_per_batch(implementation, masked):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(dual_attention, fullgraph=True, backend=counter)
+    torch._dynamo.reset()
+    for batch in (2, 3, 4, 5):
+        shape = (batch, 4, 5, 4, 2, 8)
+        args, dy, mask = inputs(shape), upstream(shape), some_seen(batch, 5) if masked else None
+        ours, plain = (run(f, args, dy, mask=mask) for f in (compiled, dual_attention))
+        for name, value in ours.items():
+            torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-6 if implementation == "sdpa" else 0)
+    assert counter.frame_count <= 2, "one static and one dynamic graph"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_returns_its_dtype(implementation, dtype, masked):
+    shape = (2, 8, 9, 4, 2, 16)
+    args, dy, mask = inputs(shape), upstream(shape, dtype), some_seen(2, 9) if masked else None
+    with torch.autocast("cpu", dtype):
+        ours, stock = (run(f, args, dy, mask=mask) for f in (dual_attention, eager))
+    gold = run(dual_attention_ref, [a.double() for a in args], dy.double(), mask=mask)
+    assert ours["y"].dtype == dtype
+    assert_contract(ours["y"], stock["y"].to(dtype), gold["y"])
+    for name in NAMES[1:]:
+        assert ours[name].dtype == torch.float32
+        assert_contract(ours[name], stock[name], gold[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes_stay_finite(implementation, dtype):
+    """Scores far beyond where exp overflows, of both signs, gates where tanh is flat."""
+    shape = (2, 5, 6, 2, 2, 16)
+    args = [a.to(dtype) for a in inputs(shape)]
+    args = [30 * args[0], args[1], 30 * args[2], args[3], torch.tensor([1e4, -1e4]).to(dtype)]
+    dy = upstream(shape, dtype)
+    ours = run(dual_attention, args, dy)
+    for name, value in ours.items():
+        assert value.isfinite().all(), name
+    gold = run(dual_attention_ref, [a.double() for a in args], dy.double())
+    assert_contract(ours["y"], run(eager, args, dy)["y"], gold["y"])
+    assert torch.equal(ours["dgate"], torch.zeros(2, dtype=dtype))
+
+
+def test_names_what_cannot_run():
+    args = inputs((1, 2, 2, 1, 1, 4))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run dual_attention"):
+        dual_attention(*args)
+
+
+def test_second_derivatives_and_transforms_are_refused():
+    qkq, *others = inputs((1, 2, 2, 1, 1, 4))
+    with use_backend("reference"):
+        y = dual_attention(qkq.requires_grad_(), *others)
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(y, qkq, torch.randn_like(y), create_graph=True)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda a: dual_attention(a[None], *others))(qkq.detach())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        dual_attention(qkq, *others)
+
+
+GOOD = {
+    "qkq": torch.zeros(2, 3, 10, 8),
+    "v1": torch.zeros(2, 3, 2, 8),
+    "k2": torch.zeros(2, 5, 2, 8),
+    "v2": torch.zeros(2, 5, 2, 8),
+    "gate": torch.zeros(4),
+}
+BAD = [
+    ({"qkq": torch.zeros(2, 3, 80)}, "qkq must have 4 dimensions (B, T, H+K+H, d), got shape (2, 3, 80)"),
+    ({"v1": 1.0}, "v1 must be a tensor of shape (B, T, K, d), got float"),
+    ({"qkq": torch.zeros(2, 3, 11, 8)}, "qkq must hold H+K+H heads with K = 2 as in v1, got 11"),
+    ({"qkq": torch.zeros(2, 3, 2, 8)}, "qkq must hold H+K+H heads with K = 2 as in v1, got 2"),
+    ({"v1": torch.zeros(2, 4, 2, 8)}, "v1 must have shape (B, T, K, d) = (2, 3, 2, 8), got (2, 4, 2, 8)"),
+    ({"k2": torch.zeros(2, 5, 4, 8)}, "k2 must have shape (B, L, K, d) = (2, 5, 2, 8), got (2, 5, 4, 8)"),
+    ({"k2": torch.zeros(2, 5, 16)}, "k2 must have 4 dimensions (B, L, K, d), got shape (2, 5, 16)"),
+    ({"v2": torch.zeros(2, 6, 2, 8)}, "v2 must have shape (B, L, K, d) = (2, 5, 2, 8), got (2, 6, 2, 8)"),
+    ({"gate": torch.zeros(2)}, "gate must have shape (H) = (4), got (2,)"),
+    ({"k2": torch.zeros(2, 0, 2, 8), "v2": torch.zeros(2, 0, 2, 8)}, "k2 must have at least 1 token, got 0"),
+    ({"qkq": torch.zeros(2, 0, 10, 8), "v1": torch.zeros(2, 0, 2, 8)}, "qkq must have at least 1 token, got 0"),
+    ({"qkq": torch.zeros(2, 3, 8, 8), "gate": torch.zeros(3)}, "must be a multiple of the key heads, got 3 and 2"),
+    ({"gate": torch.zeros(4).int()}, "gate must be float32, bfloat16, float16 or float64, got torch.int32"),
+    ({"v2": torch.zeros(2, 5, 2, 8).double()}, "v2 is torch.float64 and qkq is torch.float32"),
+    ({"k2": torch.zeros(2, 5, 2, 8, device="meta")}, "k2 must be on cpu like qkq, got meta"),
+    ({"scale": float("inf")}, "scale must be a finite number or None for head_dim^-0.5, got inf"),
+    ({"mask": torch.ones(2, 5)}, "mask must be a bool tensor (True = attend), got torch.float32"),
+    ({"mask": torch.ones(2, 1, 5).bool()}, "mask must have shape (B, L) = (2, 5), got (2, 1, 5)"),
+    ({"mask": torch.ones(2, 3).bool()}, "mask must have shape (B, L) = (2, 5), got (2, 3)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dual_attention(**(GOOD | change))
+
+
+def test_every_combination_of_needed_gradients():
+    shape = (2, 3, 4, 2, 1, 8)
+    args, dy = inputs(shape), upstream(shape)
+    full = run(dual_attention, args, dy)
+    for wanted in itertools.product([False, True], repeat=5):
+        leaves = [t.detach().clone().requires_grad_(w) for t, w in zip(args, wanted, strict=True)]
+        y = dual_attention(*leaves)
+        assert y.requires_grad == any(wanted)
+        if any(wanted):
+            y.backward(dy)
+        for leaf, name in zip(leaves, NAMES[1:], strict=True):
+            assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, full[name])
