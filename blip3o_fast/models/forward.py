@@ -6,7 +6,6 @@ that is hooked, offloaded or replaced sends its block through the stock sequence
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,19 +23,20 @@ _FREQUENCIES = 128
 _MAX_PERIOD = 10000.0
 
 
-@dataclass(frozen=True, eq=False)
 class Grid:
     """What all blocks share beside the tensors that carry gradients.
 
-    Kept out of the blocks' tensor arguments on purpose: FSDP's mixed precision casts those, and the table is fp32.
+    A plain object on purpose: FSDP's mixed precision casts the tensors in a block's arguments, also those in lists,
+    dicts and dataclasses, and the table must stay fp32.
 
     rope: fp32 [T, d / 2, 2] (cos, sin). mask: bool [B, L], True = attend, or None for all of it.
     base_sequence_length: of proportional attention, or None.
     """
 
-    rope: Tensor
-    mask: Tensor | None = None
-    base_sequence_length: int | None = None
+    def __init__(self, rope: Tensor, mask: Tensor | None = None, base_sequence_length: int | None = None) -> None:
+        self.rope = rope
+        self.mask = mask
+        self.base_sequence_length = base_sequence_length
 
     def self_scale(self, head_dim: int) -> float | None:
         """Softmax scale of the self-attention: None is the usual 1 / sqrt(d)."""
