@@ -55,6 +55,11 @@ class StepCallback(TrainerCallback):
     def __init__(self, trainer: BLIP3oTrainer, stop: StopRequest, keep: int | None) -> None:
         self.trainer, self.stop, self.keep = trainer, stop, keep
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.begin_window()
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.flow.path import FlowPath
-from blip3o_fast.flow.yardstick import yardstick
+from blip3o_fast.flow.yardstick import Yardstick, yardstick
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
@@ -192,8 +192,8 @@ def yardstick_for(settings: TrainSettings, data: Data, config: BLIP3oConfig) -> 
     """The loss's yardstick, judged on held-out pictures where there are some.
 
     Returns ``Yardstick.as_dict()`` with three more keys: ``linear_at_levels``, the best linear velocity's loss at each
-    evaluation level; ``training``, what the best linear prediction would reach as *training* loss (which has dropped
-    conditions in it), None for epsilon; ``seconds``.
+    evaluation level; ``training``, what the best linear prediction would reach as *training* loss (on the training
+    pictures, with dropped conditions among them), None for epsilon; ``seconds``.
     """
     begun = time.perf_counter()
     some = evenly_spaced(len(data.conditions), YARDSTICK_PICTURES)
@@ -203,21 +203,26 @@ def yardstick_for(settings: TrainSettings, data: Data, config: BLIP3oConfig) -> 
         chosen = evenly_spaced(len(data.held_out_conditions), MAX_PICTURES)
         held_out = data.held_out_conditions[chosen], data.held_out_targets[chosen]
     edges = tuple(edge for level in levels() for edge in (level - _HALF_BUCKET, level + _HALF_BUCKET))
-    lines = yardstick(
-        *fitted,
-        path=FlowPath(config.schedule, config.sigma_min, config.sigma_max),
-        held_out=held_out,
-        sigma_edges=edges,
-        distribution=settings.timestep_sampling,
-        logit_mean=settings.logit_mean,
-        logit_std=settings.logit_std,
-        shift=settings.timestep_shift,
-    )
+
+    def judged_on(pictures: tuple[Tensor, Tensor] | None) -> Yardstick:
+        return yardstick(
+            *fitted,
+            path=FlowPath(config.schedule, config.sigma_min, config.sigma_max),
+            held_out=pictures,
+            sigma_edges=edges,
+            distribution=settings.timestep_sampling,
+            logit_mean=settings.logit_mean,
+            logit_std=settings.logit_std,
+            shift=settings.timestep_shift,
+        )
+
+    in_sample = judged_on(None)
+    lines = in_sample if held_out is None else judged_on(held_out)
     out = lines.as_dict()
     # Every second bucket is the tiny one around a level.
     out["linear_at_levels"] = list(lines.linear_conditional.per_bucket[::2])
     dropped = settings.condition_dropout
-    mixed = (1 - dropped) * lines.linear_conditional.overall + dropped * lines.linear_unconditional.overall
+    mixed = (1 - dropped) * in_sample.linear_conditional.overall + dropped * in_sample.linear_unconditional.overall
     out["training"] = mixed if config.prediction_type == "v_prediction" else None
     out["seconds"] = round(time.perf_counter() - begun, 2)
     return out

@@ -18,6 +18,7 @@ from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.training import checkpoints, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+from blip3o_fast.training.resume import check_same_run, is_finished, resume_point, say
 
 if TYPE_CHECKING:
     from blip3o_fast.training.trainer import BLIP3oTrainer
@@ -31,7 +32,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
     Raises:
         ValueError: everything that is wrong with flags, folders or data, before anything is written; and
-            `trainer.NonFiniteError` (a ValueError) where training diverges.
+            `finite.NonFiniteError` (a ValueError) where training diverges.
         ModuleNotFoundError: without the extra ``train``.
         KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint of the last finished step has been written.
     """
@@ -39,14 +40,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     _need_libraries()
     resume = resume_point(settings)
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
-    if resume and _is_finished(settings, resume, earlier):
+    if resume and is_finished(settings, resume, earlier):
         step = checkpoints.step_of(resume)
         say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; more with a larger --max_steps")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from else None
     data = prepare.load_data(settings, normalizer=getattr(start, "normalizer", None))
-    _check_same_run(settings, earlier, data, resume)
+    check_same_run(settings, earlier, data, resume)
     model = prepare.model_for(settings, data, start)
     world = int(env.read("WORLD_SIZE") or "1")
     steps = prepare.total_steps(settings, len(data.conditions), world)
@@ -61,85 +62,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     return _run(settings, data, model, device, steps, resume, earlier)
 
 
-def say(text: str) -> None:
-    """Print from the main process only."""
-    if (env.read("RANK") or "0") == "0":
-        print(text, flush=True)
-
-
 def _need_libraries() -> None:
     for name in ("transformers", "accelerate"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f'training needs {name}: pip install "blip3o_fast[train]"', name=name)
-
-
-# ---- new, continued or finished --------------------------------------------------------------------------------------
-
-
-def resume_point(settings: TrainSettings) -> Path | None:
-    """The checkpoint to continue from, None for a new run; ValueError where neither is possible."""
-    output, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir {output} is a file; a folder is needed")
-    run, last = checkpoints.read_run(output), checkpoints.last_whole(output)
-    if wanted is None:
-        if run is None and not checkpoints.checkpoints(output):
-            return None
-        state = (
-            f"its last whole checkpoint is step {checkpoints.step_of(last)}" if last else "it has no whole checkpoint"
-        )
-        raise ValueError(
-            f"--output_dir {output} already holds a run ({state}); add --resume_from_checkpoint auto to continue it, "
-            "or choose another folder"
-        )
-    if wanted == "auto":
-        if last is None and run is None:
-            say(f"no run in {output} yet: starting a new one")
-        elif last is None:
-            say(f"the run in {output} was stopped before its first whole checkpoint: starting it again")
-        return last
-    folder = Path(wanted)
-    if (reason := checkpoints.what_is_missing(folder)) is not None:
-        hint = f"; the last whole one is {last}" if last else ""
-        raise ValueError(f"--resume_from_checkpoint {folder} is not a whole checkpoint: {reason}{hint}")
-    if folder.resolve().parent != output.resolve() and run is not None:
-        raise ValueError(
-            f"--resume_from_checkpoint {folder} lies outside --output_dir {output}, which holds another run"
-        )
-    return folder
-
-
-def _is_finished(settings: TrainSettings, resume: Path, run: dict[str, Any] | None) -> bool:
-    if run is None or run.get("status") != "finished" or checkpoints.step_of(resume) < run.get("steps", 0):
-        return False
-    return settings.max_steps is None or settings.max_steps <= run.get("steps", 0)
-
-
-def _check_same_run(
-    settings: TrainSettings, run: dict[str, Any] | None, data: prepare.Data, resume: Path | None
-) -> None:
-    """A continued run must go on as it began: refuse changed settings and other data, by name."""
-    if resume is None or run is None:
-        return
-    earlier = run.get("settings", {})
-    changed = settings.differences(earlier)
-    now = settings.batch_size * settings.gradient_accumulation_steps
-    before = earlier.get("batch_size", 0) * earlier.get("gradient_accumulation_steps", 1)
-    if before and before != now:
-        changed.append(f"--batch_size x --gradient_accumulation_steps: the run has {before}, now {now}")
-    described = data.describe()
-    changed += [
-        f"embeddings: {name} was {run['data'][name]!r}, now {described[name]!r}"
-        for name in described
-        if name in run.get("data", {}) and run["data"][name] != described[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{resume} cannot be continued with other settings; give the run's own, or start a new --output_dir\n"
-            + "\n".join(changed)
-        )
-    if settings.max_steps is not None and run.get("steps") and settings.max_steps != run["steps"]:
-        say(f"note: the run was planned for {run['steps']} steps; the learning rate now follows {settings.max_steps}")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -249,7 +175,12 @@ def _run(
         checkpoints.write_json(output / checkpoints.RUN_FILE, run)
     try:
         with stop.listening():
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            if resume and checkpoints.step_of(resume) >= steps:
+                trainer.restore(resume)  # only the final model was missing
+            else:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(_out_of_memory(settings, error)) from error
     finally:
         progress.close()
     step = trainer.state.global_step
@@ -265,6 +196,16 @@ def _run(
         say(f"trained model: {output}")
     _leave_group()
     return {"status": "finished", "step": step, "output_dir": str(output), **last}
+
+
+def _out_of_memory(settings: TrainSettings, error: Exception) -> str:
+    half = max(1, settings.batch_size // 2)
+    more = settings.gradient_accumulation_steps * 2
+    also = "" if settings.gradient_checkpointing else ", or add --gradient_checkpointing"
+    return (
+        f"out of GPU memory: {str(error).splitlines()[0]}\n"
+        f"hint: the same training with less memory: --batch_size {half} --gradient_accumulation_steps {more}{also}"
+    )
 
 
 def _yardstick_line(lines: dict[str, Any]) -> str:

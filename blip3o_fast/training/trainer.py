@@ -24,17 +24,12 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.ema import EMA
+from blip3o_fast.training.finite import FiniteWatch
+from blip3o_fast.training.parts import Sized, Window, without_config
 from blip3o_fast.training.stream import BatchStream, SampleOrder, stream_loader
 from blip3o_fast.training.validation import Validation
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-
-# fp16's scaler skips steps with infinite gradients while it looks for its scale; more than this in a row is no search.
-MAX_SKIPPED_STEPS = 20
-
-
-class NonFiniteError(RuntimeError):
-    """Training produced a loss or gradient norm that is NaN or infinite."""
 
 
 class BLIP3oTrainer(Trainer):
@@ -80,15 +75,15 @@ class BLIP3oTrainer(Trainer):
         self.linear_loss = linear_loss
         self._sums: dict[str, Tensor] = {}
         self._sum_count = 0
-        self._bad_step: Tensor | None = None
-        self._skipped = 0
         self.grad_norm: Tensor | None = None
-        with _without_config(model):
+        self.watch = FiniteWatch(Path(args.output_dir), reads_are_free=args.device.type == "cpu", scaled=args.fp16)
+        self._window = Window()
+        with without_config(model):
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=_Sized(len(conditions)),
-                eval_dataset=_Sized(len(validation.pictures)) if validation is not None else None,
+                train_dataset=Sized(len(conditions)),
+                eval_dataset=Sized(len(validation.pictures)) if validation is not None else None,
                 callbacks=callbacks,
             )
         # Its guess from forward()'s signature would change how accumulated losses are scaled.
@@ -105,6 +100,10 @@ class BLIP3oTrainer(Trainer):
 
     def samples_seen(self) -> int:
         return self.state.global_step * self.effective_batch
+
+    def begin_window(self) -> None:
+        """Throughput is counted from here (the first step, not the construction)."""
+        self._window.start(self.samples_seen())
 
     def get_train_dataloader(self) -> DataLoader:
         """The stream from the present step on. Each rank reads its own part, so accelerate must not shard again."""
@@ -150,50 +149,13 @@ class BLIP3oTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._watch(loss, "loss")
+        self.watch.value(loss, "loss", self.state.global_step + 1)
         return loss
 
     def check_grad_norm(self) -> None:
         """Called after clipping, before the optimizer's step."""
-        if self.grad_norm is None:
-            return
-        if self.args.fp16:
-            # The scaler leaves such a step out and halves its scale; only an endless search is an error.
-            self._skipped = 0 if bool(torch.isfinite(self.grad_norm)) else self._skipped + 1
-            if self._skipped > MAX_SKIPPED_STEPS:
-                raise NonFiniteError(
-                    f"the gradient norm was not finite for {self._skipped} steps in a row (step "
-                    f"{self.state.global_step + 1}): fp16 overflows here; train with --bf16 or in fp32"
-                )
-            return
-        self._watch(self.grad_norm, "gradient norm")
-
-    def _watch(self, value: Tensor, what: str) -> None:
-        # Reading a value from an accelerator makes the host wait, so there the verdict is collected on the device and
-        # read with the next log or save; on a CPU it is free and the optimizer never sees the bad step.
-        step = self.state.global_step + 1
-        if value.device.type == "cpu":
-            if not bool(torch.isfinite(value)):
-                raise NonFiniteError(self._message(what, step, float(value)))
-            return
-        bad = torch.where(torch.isfinite(value.detach()), 0, step)
-        if self._bad_step is None:
-            self._bad_step = bad
-        else:
-            self._bad_step = torch.where(self._bad_step == 0, bad, self._bad_step)
-
-    def raise_if_not_finite(self) -> None:
-        """Read the verdict that `_watch` collected on an accelerator."""
-        if self._bad_step is not None and (step := int(self._bad_step)) > 0:
-            raise NonFiniteError(self._message("loss or gradient norm", step, float("nan")))
-
-    def _message(self, what: str, step: int, value: float) -> str:
-        last = checkpoints.last_whole(Path(self.args.output_dir))
-        resume = f"the last whole checkpoint is {last}" if last else "there is no checkpoint yet"
-        return (
-            f"{what} is {value} at step {step}; training stopped, nothing was saved after it ({resume}). "
-            "Likely causes: a learning rate that is too high, NaN in the embeddings, fp16 overflow"
-        )
+        if self.grad_norm is not None:
+            self.watch.gradient_norm(self.grad_norm, self.state.global_step + 1)
 
     def _remember_grad_norm(self) -> None:
         # The Trainer keeps the clipped norm in a local variable; a callback needs it before the optimizer's step.
@@ -208,12 +170,13 @@ class BLIP3oTrainer(Trainer):
     # ---- logs ------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.raise_if_not_finite()
+        self.watch.raise_if_bad()
         if "loss" in logs and self._sum_count:
             logs.update(self._drain_metrics())
             if self.linear_loss:
                 logs["loss_over_linear"] = logs.get("mse", logs["loss"]) / self.linear_loss
             logs["samples"] = self.samples_seen()
+            logs["samples_per_second"] = self._window.rate(self.samples_seen())
         super().log(logs, start_time)
 
     def _drain_metrics(self) -> dict[str, float]:
@@ -236,7 +199,7 @@ class BLIP3oTrainer(Trainer):
         """`validation` with the averaged weights where there are some: those become the trained model."""
         if self.validation is None:
             raise ValueError("validation is None: this trainer was made without held-out data")
-        with self.evaluated_weights():
+        with self._window.excluding(), self.evaluated_weights():
             # model_wrapped carries accelerate's autocast; unwrapped DDP, because no gradient is exchanged.
             wrapped: Any = self.model_wrapped
             model = getattr(wrapped, "module", wrapped)
@@ -298,16 +261,22 @@ class BLIP3oTrainer(Trainer):
                 model.normalizer.save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.raise_if_not_finite()
+        self.watch.raise_if_bad()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.unmark(folder)
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and self.ema is not None:
-            self.ema.save(folder)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.mark_complete(folder, self.state.global_step)
+        with self._window.excluding():
+            if self.args.should_save:
+                checkpoints.unmark(folder)
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and self.ema is not None:
+                self.ema.save(folder)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.mark_complete(folder, self.state.global_step)
+
+    def restore(self, folder: str | Path) -> None:
+        """Weights, average and step of a checkpoint, without training on."""
+        self._load_from_checkpoint(str(folder))
+        self.state.global_step = checkpoints.step_of(Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         from safetensors.torch import load_file
@@ -317,26 +286,3 @@ class BLIP3oTrainer(Trainer):
         target.load_state_dict(state, strict=True)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
-
-
-class _Sized:
-    """Stands for a data set where the Trainer only wants to know that there is one, and its length."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> Any:
-        raise IndexError("the data comes from BLIP3oTrainer.get_train_dataloader and .validation")
-
-
-@contextmanager
-def _without_config(model: nn.Module) -> Iterator[None]:
-    """The Trainer's constructor writes ``use_cache`` into ``model.config``; ours is frozen and knows no such field."""
-    hidden: dict[str, Any] = {name: vars(model).pop(name) for name in ("config", "_config") if name in vars(model)}
-    try:
-        yield
-    finally:
-        vars(model).update(hidden)
