@@ -1,12 +1,12 @@
 # Thin on purpose: every recipe is one or two commands that can be typed by hand.
-PYTHON := .venv/bin/python
+PYTHON := scripts/with_headers.sh .venv/bin/python
 IMAGES ?=
 ENCODERS ?=
 DEMO_FLAGS := $(if $(IMAGES),--images "$(IMAGES)") $(if $(ENCODERS),--encoders $(ENCODERS))
 # Two workers with one thread each beat one worker with two threads on the small shapes of the tests.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 # A change in any of these brings the environment (or only the extension) up to date.
-INPUTS := pyproject.toml setup.py constraints.txt scripts/setup.sh $(shell find csrc -type f)
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard scripts/*.sh) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint type docs bench clean

@@ -63,11 +63,12 @@ if [ $fresh = yes ]; then
     fi
 fi
 
+scripts/python_headers.sh $venv
 # The build uses this environment (--no-build-isolation), so its tools come first.
 verbosity=--quiet
 if [ $fresh = yes ]; then verbosity=--no-color; fi
 pip install --quiet setuptools wheel pybind11
-pip install $verbosity --no-build-isolation --editable ".[$extras]"
+scripts/with_headers.sh $venv/bin/python -m pip install $verbosity --no-build-isolation --editable ".[$extras]"
 
 rm -f $unfinished
 $venv/bin/python -c 'import torch, blip3o_fast._ext as extension
