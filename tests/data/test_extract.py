@@ -244,7 +244,7 @@ sides = t.sides()
 real = sides[0].model.forward
 def slow(x):
     time.sleep(0.1)
-    os.write(1, b"picture\n")  # whole lines, also from two threads
+    os.write(1, b"picture\\n")  # whole lines, also from two threads
     return real(x)
 sides[0].model.forward = slow
 t.extract(sys.argv[2], sys.argv[3], condition_encoder=sides[0], target_encoder=sides[1], batch_size=1, workers=2)
