@@ -70,7 +70,7 @@ def run_demo(settings: DemoSettings) -> dict[str, float]:
         "pictures", "Pictures with captions, as webdataset tars", {"images": settings.images}, [tars], get_pictures
     )
     condition, target = ENCODERS[settings.encoders]
-    encoders = ["--condition_encoder", condition, "--target_encoder", target]
+    encoders = ["--condition_encoder", condition, "--target_encoder", target, "--overwrite"]
     extract = stages.note("extract", "--images", tars, "--output_dir", embeddings, *encoders)
     stages.run(
         "extract", f"Features of two networks: {condition} -> {target}", {"command": extract},
