@@ -133,9 +133,11 @@ def context_key_value(block: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     normed = ops.rms_norm_modulate(context, block.norm1_context.weight, eps=block.norm1_context.eps)
     key_value = project(normed, (attn.to_k, attn.to_v))
     width = key_value.shape[-1] // 2
+    # split, not two slices: the backward joins the two gradients in one pass, where slices add two padded ones.
+    key, value = key_value.split(width, dim=-1)
     weights, biases = _norm_weights(attn.norm_k)
     key = ops.qk_norm_rope(
-        key_value[..., :width],
+        key,
         weights,
         biases,
         None,
@@ -143,7 +145,7 @@ def context_key_value(block: Any, context: Tensor) -> tuple[Tensor, Tensor]:
         head_dim=head_dim,
         eps=_qk_eps(attn),
     )
-    return key, key_value[..., width:].unflatten(-1, (-1, head_dim))
+    return key, value.unflatten(-1, (-1, head_dim))
 
 
 def modulate(block: Any, conditioning: Tensor) -> tuple[Tensor, ...]:
@@ -179,10 +181,10 @@ def block_forward(
     # Columns q1, k1, q2, v1, of H, K, H and K heads.
     heads = block.gate.shape[0]
     kv_heads = projected.shape[-1] // (2 * head_dim) - heads
-    width = (2 * heads + kv_heads) * head_dim
+    queries_keys, value = projected.split([(2 * heads + kv_heads) * head_dim, kv_heads * head_dim], dim=-1)
     weights, biases = _norm_weights(attn1.norm_q, attn1.norm_k, attn2.norm_q)
     qkq = ops.qk_norm_rope(
-        projected[..., :width],
+        queries_keys,
         weights,
         biases,
         grid.rope,
@@ -190,7 +192,7 @@ def block_forward(
         head_dim=head_dim,
         eps=_qk_eps(attn1),
     )
-    v1 = projected[..., width:].unflatten(-1, (kv_heads, head_dim))
+    v1 = value.unflatten(-1, (kv_heads, head_dim))
     k2, v2 = context_key_value(block, context)
     attended = ops.dual_attention(qkq, v1, k2, v2, block.gate, scale=grid.self_scale(head_dim), mask=grid.mask)
     out = attn2.to_out[0](attended)

@@ -104,9 +104,15 @@ def count(block: Callable[..., Tensor], arguments: tuple[Tensor, ...], upstream:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("dtype, expected", [(torch.float32, (94, 249)), (torch.bfloat16, (122, 307))])
+@pytest.mark.parametrize(
+    "dtype, expected", [(torch.float64, (107, 278)), (torch.float32, (94, 247)), (torch.bfloat16, (122, 305))]
+)
 def test_dispatches_as_diffusers(dtype: torch.dtype, expected: tuple[int, int], backward: bool) -> None:
-    """Operation for operation the same, on meta tensors, where SDPA is counted as the operations it consists of."""
+    """Operation for operation the same, on meta tensors, where SDPA is counted as the operations it consists of.
+
+    The dtypes differ by their casts: stock computes some steps in fp32 whatever it is given. The gradients are those
+    of the parameters, the residual and the context.
+    """
     from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiTBlock
 
     config = BLIP3oConfig(num_layers=1, context_projection=False)
@@ -117,7 +123,7 @@ def test_dispatches_as_diffusers(dtype: torch.dtype, expected: tuple[int, int], 
         mask = torch.ones(2, 64, dtype=torch.int32)
         context = torch.randn(2, 64, 1280, dtype=dtype, requires_grad=backward)
         context_mask = torch.ones(2, 64, dtype=torch.bool)
-        temb = torch.randn(2, 1024, dtype=dtype, requires_grad=backward)
+        temb = torch.randn(2, 1024, dtype=dtype)
         upstream = torch.empty(2, 64, 1792, dtype=dtype) if backward else None
     rope = torch.view_as_complex(kept_rope_table(8, 8, 64, torch.device("cpu"))).unsqueeze(0).to("meta")
     arguments = (hidden_states, mask, rope, context, context_mask, temb)
