@@ -7,7 +7,7 @@ Flags are written with underscores, as in the original training script; hyphens 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -48,7 +48,14 @@ def top(
 
 
 # In the order of the job, which is the order in which help lists them.
-VERBS = {"extract": extract, "train": train, "sample": sample, "evaluate": evaluate, "demo": demo, "env": show_env}
+VERBS: dict[str, Callable[..., None]] = {
+    "extract": extract,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "demo": demo,
+    "env": show_env,
+}
 for name, verb in VERBS.items():
     app.command(name=name)(verb)
 

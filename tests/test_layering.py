@@ -27,9 +27,9 @@ LAYERS = {
     "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "env"},
     "evaluation": {"sampling", "data", "models", "flow", "ops", "env"},
     "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
-    "cli": {"cli_train", "cli_verbs", "demo", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
+    "cli": {"cli_train", "cli_verbs", "env"},
     "cli_train": {"training", "env"},
-    "cli_verbs": {"demo", "evaluation", "data", "env"},
+    "cli_verbs": {"data", "evaluation", "demo", "env"},
     "__main__": {"cli"},
 }
 # `data` knows of the models nothing but how features are normalised; `training` of the evaluation only its metrics.
