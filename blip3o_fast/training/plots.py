@@ -47,27 +47,38 @@ def plot_loss(
     axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.8, linewidth=1.2, label="training loss")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held-out loss")
-    for name, text in YARDSTICKS.items():
-        if yardstick and name in yardstick:
-            height = yardstick[name]["overall"]
-            axes.axhline(height, color="0.4", linewidth=0.9, linestyle="--" if "linear" in name else ":")
-            axes.annotate(
-                f"{text} {height:.3f}",
-                (1, height),
-                xycoords=("axes fraction", "data"),
-                xytext=(-3, 2),
-                textcoords="offset points",
-                horizontalalignment="right",
-                fontsize=8,
-                color="0.3",
-            )
+    for height, text, style in _lines(yardstick or {}):
+        axes.axhline(height, color="0.4", linewidth=0.9, linestyle=style)
+        # Outside, at the right: no curve passes there.
+        axes.annotate(
+            text,
+            (1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            fontsize=8,
+            color="0.3",
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (mean squared velocity error)")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.2)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.98))
+    axes.legend(loc="upper right", framealpha=0.9)
     path = Path(path)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
+
+
+def _lines(yardstick: dict[str, Any]) -> list[tuple[float, str, str]]:
+    """(height, text, line style) of each line; lines too close for two texts share one."""
+    heights = {name: yardstick[name]["overall"] for name in YARDSTICKS if name in yardstick}
+    lines: list[tuple[float, str, str]] = []
+    for name, height in sorted(heights.items(), key=lambda item: -item[1]):
+        text = f"{YARDSTICKS[name]}: {height:.3f}"
+        if lines and lines[-1][0] - height < 0.05 * max(heights.values()):
+            text = f"{lines.pop()[1]}\n{text}"
+        lines.append((height, text, "--" if "linear" in name else ":"))
+    return lines

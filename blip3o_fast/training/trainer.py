@@ -124,6 +124,12 @@ class BLIP3oTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
+    # ---- optimizer -------------------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay is for matrices. The Trainer goes by class and name, and would decay most RMSNorms and gates."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def compute_loss(

@@ -18,7 +18,7 @@ def test_plot_is_written(tmp_path, suffix):
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     if suffix == ".svg":
         # matplotlib keeps each text as a comment beside its glyphs.
-        assert b"best linear, no condition 1.000" in content and b"held-out loss" in content
+        assert b"best linear, no condition: 1.000" in content and b"held-out loss" in content
 
 
 def test_plot_needs_only_training_losses(tmp_path):

@@ -225,6 +225,21 @@ def test_gradients_are_clipped(tmp_path, make_trainer):
     assert len(norms) == 2 and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
 
 
+def test_only_matrices_decay(tmp_path, make_trainer):
+    from blip3o_fast.models.nextdit import BLIP3oDiT
+
+    model = BLIP3oDiT({"in_channels": 6, "cross_attention_dim": 12, "sample_size": 4, "hidden_size": 16,
+                       "num_layers": 1, "num_attention_heads": 2, "multiple_of": 8})  # fmt: skip
+    trainer = make_trainer(tmp_path, model=model)
+    decayed, spared = (group["params"] for group in trainer.create_optimizer().param_groups)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert trainer.optimizer.param_groups[1]["weight_decay"] == 0.0
+    assert all(parameter.ndim == 2 for parameter in decayed) and all(parameter.ndim == 1 for parameter in spared)
+    assert len(decayed) + len(spared) == len(list(model.parameters()))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {"layers.0.gate", "layers.0.norm2.weight"} <= {names[id(parameter)] for parameter in spared}
+
+
 def test_bf16_is_autocast_over_float32_weights(tmp_path, make_trainer):
     trainer = make_trainer(tmp_path, bf16=True, max_steps=2)
     trainer.train()
