@@ -160,7 +160,7 @@ def write_pickle(folder: str | os.PathLike[str], path: Path) -> None:
             "tokens": read.meta.tokens,
         },
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.part")
     try:
         with open(beside, "wb") as file:
             pickle.dump(data, file, protocol=4)

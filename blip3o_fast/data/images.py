@@ -268,7 +268,7 @@ def write_tars(pictures: Iterator[Picture], folder: str | os.PathLike[str], per_
 
 
 def _write_tar(path: Path, pictures: list[Picture]) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.part")
     try:
         with tarfile.open(beside, "w", format=tarfile.PAX_FORMAT) as tar:
             for picture in pictures:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy
 
-_DTYPE = re.compile(r"b1|[iu][1248]|f[248]|U[0-9]{1,7}")
+_DTYPE = re.compile(r"b1|[iu][1248]|f[248]|U[1-9][0-9]{0,6}")
 
 
 class UnsafePickleError(ValueError):
@@ -82,10 +82,7 @@ class ArrayStub:
         found = dtype.numpy()
         if not _whole_numbers(shape) or math.prod(shape) * found.itemsize != len(data):
             raise UnsafePickleError(f"numpy array of shape {shape!r:.80} and {found} over {len(data)} bytes")
-        if found.itemsize == 0:  # text of no characters: frombuffer cannot count it
-            self.array = numpy.zeros(shape, found)
-        else:
-            self.array = numpy.frombuffer(data, found).reshape(shape, order=order)  # type: ignore[call-overload]
+        self.array = numpy.frombuffer(data, found).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
 class TensorStub:

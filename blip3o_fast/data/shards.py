@@ -158,7 +158,7 @@ class ShardWriter:
         if target.untyped_storage().data_ptr() == condition.untyped_storage().data_ptr():
             target = target.clone()  # one encoder on both sides: safetensors refuses shared memory
         tensors = {"condition": condition.contiguous(), "target": target.contiguous()}
-        beside = path.with_name(f".{name}.{os.getpid()}")
+        beside = path.with_name(f".{name}.part")  # one name, so that killed runs do not pile up
         try:
             save_file(tensors, beside, metadata={"format_version": str(FORMAT_VERSION), **(extra or {})})
             os.replace(beside, path)
