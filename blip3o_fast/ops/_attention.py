@@ -53,11 +53,16 @@ def _not_wired(package: str) -> str:
     return f"not wired yet: the attention ops do not call {package}, which {installed} here"
 
 
-def choose(backends: Backends, x: Tensor, *others: Tensor | None, differentiable: bool) -> str:
-    """The backend of a call or "sdpa". RuntimeError where the one asked for by name cannot run it."""
+def choose(
+    backends: Backends, q: Tensor, k: Tensor, *others: Tensor | None, dtype: torch.dtype, differentiable: bool
+) -> str:
+    """The backend of a call, or "sdpa". RuntimeError where the one asked for by name cannot run it.
+
+    q, k: [B, T, heads, d], those with the most pairs where there are several; dtype: the result's.
+    """
     if _active == "auto":
-        backend = backends.choose(x, *others)
-        if backend == "reference" and _backend._active == "auto" and _prefers_sdpa(x, differentiable):
+        backend = backends.choose(q, k, *others)
+        if backend == "reference" and _backend._active == "auto" and _prefers_sdpa(q, k, dtype, differentiable):
             return "sdpa"
         return backend
     if _active != "sdpa":
@@ -66,9 +71,25 @@ def choose(backends: Backends, x: Tensor, *others: Tensor | None, differentiable
     return _active
 
 
-def _prefers_sdpa(x: Tensor, differentiable: bool) -> bool:
-    """Whether sdpa is the faster of the two."""
-    return not differentiable or x.dtype != torch.bfloat16
+# CPU milliseconds of dual_attention, forward / forward and backward, [16, 64, 28, 64] on one core with AVX-512, PyTorch
+# 2.13, interleaved:                 sdpa        reference    stock's sequence
+#                       fp32        24 /  76     26 /  86     31 /  95
+#                       bf16        29 / 164     24 /  76     31 / 164
+#                       fp16        66 / 426     22 /  70     71 / 426
+# PyTorch's half-precision kernels convert more than they compute. In fp16 that holds at every length (1024 tokens,
+# 4 heads: 27 / 411 against 18 / 67); in bf16 up to about 200 tokens (256 tokens, 2 samples, 28 heads: 23 / 85 against
+# 26 / 88; 1024 tokens, 4 heads: 16 / 46 against 19 / 67).
+_BF16_REFERENCE_PAIRS = 1 << 15
+
+
+def _prefers_sdpa(q: Tensor, k: Tensor, dtype: torch.dtype, differentiable: bool) -> bool:
+    """Whether sdpa is the faster of the two; off the CPU also only where it is sure to be repeatable bit by bit."""
+    if q.device.type != "cpu":
+        # not measured; PyTorch's backward kernels add up dq in the order in which they come
+        return not differentiable
+    if dtype == torch.float16:
+        return False
+    return dtype != torch.bfloat16 or q.shape[1] * k.shape[1] > _BF16_REFERENCE_PAIRS
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

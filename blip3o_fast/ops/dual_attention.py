@@ -260,7 +260,10 @@ def dual_attention(
     _check(qkq, v1, k2, v2, gate, scale, mask)
     refuse_transforms("dual_attention")
     dtype, differentiable = output_dtype(qkq), needs_grad(qkq, v1, k2, v2, gate)
-    backend = _attention.choose(BACKENDS, qkq, v1, k2, v2, gate, mask, differentiable=differentiable)
+    longer = k2 if k2.shape[1] > qkq.shape[1] else v1
+    backend = _attention.choose(
+        BACKENDS, qkq, longer, v1, k2, v2, gate, mask, dtype=dtype, differentiable=differentiable
+    )
     cross_scale = qkq.shape[-1] ** -0.5
     scale = cross_scale if scale is None else float(scale)
     with torch.profiler.record_function("blip3o_fast.dual_attention"):

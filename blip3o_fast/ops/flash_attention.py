@@ -190,7 +190,7 @@ def flash_attention(
     _check(q, k, v, scale, mask)
     refuse_transforms("flash_attention")
     dtype, differentiable = output_dtype(q), needs_grad(q, k, v)
-    backend = _attention.choose(BACKENDS, q, k, v, mask, differentiable=differentiable)
+    backend = _attention.choose(BACKENDS, q, k, v, mask, dtype=dtype, differentiable=differentiable)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.profiler.record_function("blip3o_fast.flash_attention"):
         if backend == "sdpa":

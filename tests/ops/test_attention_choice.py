@@ -22,8 +22,8 @@ def computed(monkeypatch):
     return calls
 
 
-def attend(dtype=torch.float32, requires_grad=False):
-    q, k, v = torch.randn(3, 2, 5, 2, 8, dtype=dtype)
+def attend(dtype=torch.float32, requires_grad=False, tokens=5):
+    q, k, v = torch.randn(3, 1, tokens, 1, 4, dtype=dtype)
     return flash_attention(q.requires_grad_(requires_grad), k, v)
 
 
@@ -51,6 +51,25 @@ def test_unknown_name():
         ValueError, match=re.escape("attention must be one of auto, sdpa, flash-attn, xformers, got 'f'")
     ):
         use_attention("f")
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "faster"),
+    [
+        (torch.float32, 64, "sdpa"),
+        (torch.float32, 300, "sdpa"),
+        (torch.bfloat16, 64, "reference"),
+        (torch.bfloat16, 300, "sdpa"),
+        (torch.float16, 64, "reference"),
+        (torch.float16, 300, "reference"),
+    ],
+)
+def test_auto_takes_what_was_faster(computed, dtype, tokens, faster, requires_grad):
+    attend(dtype, requires_grad, tokens)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        attend(torch.float32, requires_grad, tokens)
+    assert computed == [faster, faster]
 
 
 def test_scopes_nest_and_end(computed):
