@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_fast import env
+from blip3o_fast.models.normalizer import FILE_NAME, FeatureNormalizers
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.arguments import TrainSettings
 from blip3o_fast.training.prepare import Data
@@ -48,6 +49,13 @@ def resume_point(settings: TrainSettings) -> Path | None:
             f"--resume_from_checkpoint {folder} lies outside --output_dir {output}, which holds another run"
         )
     return folder
+
+
+def stored_normalizer(resume: Path | None) -> FeatureNormalizers | None:
+    """How the features were normalised in the run that is continued."""
+    if resume is None or not (resume / FILE_NAME).is_file():
+        return None
+    return FeatureNormalizers.load(resume)
 
 
 def is_finished(settings: TrainSettings, resume: Path, run: dict[str, Any] | None) -> bool:

@@ -18,7 +18,7 @@ from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.training import checkpoints, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
-from blip3o_fast.training.resume import check_same_run, is_finished, resume_point, say
+from blip3o_fast.training.resume import check_same_run, is_finished, resume_point, say, stored_normalizer
 
 if TYPE_CHECKING:
     from blip3o_fast.training.trainer import BLIP3oTrainer
@@ -46,7 +46,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from else None
-    data = prepare.load_data(settings, normalizer=getattr(start, "normalizer", None))
+    data = prepare.load_data(settings, normalizer=stored_normalizer(resume) or getattr(start, "normalizer", None))
     check_same_run(settings, earlier, data, resume)
     model = prepare.model_for(settings, data, start)
     world = int(env.read("WORLD_SIZE") or "1")

@@ -148,14 +148,30 @@ def test_a_run_is_never_overwritten(finished, embeddings):
         train(TrainSettings(embeddings, finished[0], **SMALL))
 
 
+def test_continuing_keeps_the_fitted_normalisation(settings, finished, monkeypatch):
+    stored = run.stored_normalizer(finished[0] / "checkpoint-6")
+
+    original = prepare.FeatureNormalizers.fit
+
+    def fit(conditions, targets, spec):
+        assert spec == "none", "fitted again: another number of threads would give other bits"
+        return original(conditions, targets, spec)
+
+    monkeypatch.setattr(prepare.FeatureNormalizers, "fit", fit)
+    data = prepare.load_data(settings(), normalizer=stored)
+    assert data.normalizer is stored and data.targets.shape[2] == 4
+    assert run.stored_normalizer(None) is None
+
+
 def test_continuing_with_other_settings_or_data_is_refused(finished, embeddings):
-    changed = SMALL | {"learning_rate": 0.5, "batch_size": 8, "max_steps": 9, "normalize": "pca:3"}
+    changed = SMALL | {"learning_rate": 0.5, "batch_size": 8, "max_steps": 9, "normalize": "pca:3", "eval_split": 0.2}
     with pytest.raises(ValueError) as error:
         train(TrainSettings(embeddings, finished[0], resume_from_checkpoint="auto", **changed))
     message = str(error.value)
     assert "--learning_rate: the run has 0.01, now 0.5" in message
+    assert "--normalize: the run has 'pca:4', now 'pca:3'" in message
     assert "--batch_size x --gradient_accumulation_steps: the run has 4, now 8" in message
-    assert "embeddings: target_shape was [16, 4], now [16, 3]" in message
+    assert "embeddings: train was 44, now 39" in message and "embeddings: checksum was" in message
 
 
 def test_auto_starts_where_there_is_nothing_whole(settings, tmp_path, capsys):
