@@ -84,15 +84,15 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def _first_line(*command: str) -> str | None:
-    """The first line that a program prints, or None where it is missing or fails."""
+def _first_line(*command: str, word: str = "") -> str | None:
+    """The first line with `word` that a program prints, or None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return next(iter(done.stdout.strip().splitlines()), None)
+    return next((line for line in done.stdout.strip().splitlines() if word in line), None)
 
 
 def _commit() -> str | None:
@@ -204,7 +204,7 @@ def sections() -> Iterator[tuple[str, dict[str, str]]]:
             "memory": _memory(),
             "gpu": "; ".join(devices()),
             "c++ compiler": _first_line("c++", "--version") or "none found",
-            "nvcc": _first_line("nvcc", "--version") or "none found",
+            "nvcc": _first_line("nvcc", "--version", word="release") or "none found",
         },
     )
     yield "backends", backends()
