@@ -417,7 +417,7 @@ programs = [*tests.attacks(sys.argv[3]).values(), *tests.SOUND]
 seen, watching = [], False
 
 def hook(event, arguments):
-    if watching and not event != "builtins.id":
+    if watching and event != "builtins.id":
         seen.append((event, repr(arguments)[:100]))
 
 def read_all():
