@@ -108,9 +108,10 @@ def _check(
 # ---- reference -----------------------------------------------------------------------------------------------------
 
 
-# On a CPU samples are taken in chunks of about this many numbers per group: what one pass writes is still in the
-# cache when the next reads it.
-_CHUNK = 1 << 17
+# On a CPU samples are taken in chunks of about this many numbers per group: what one pass writes is still in the cache
+# when the next reads it (forward and backward of 32 samples, 64 tokens, 3 x 28 heads of 64, fp32, one core: 63 ms, in
+# one piece 145).
+_CHUNK = 1 << 19
 
 
 def _chunks(x: Tensor) -> list[slice]:
@@ -236,9 +237,7 @@ def _backward_fake(
     rope: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    heads: list[int],
-    head_dim: int,
-    backend: str,
+    *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dweight = x.new_empty(x.shape[-1], dtype=rstd.dtype)
     return x.new_empty(x.shape), dweight, torch.empty_like(dweight)

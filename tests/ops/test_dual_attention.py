@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import re
 
 import pytest
 import torch
@@ -313,42 +312,6 @@ def test_second_derivatives_and_transforms_are_refused():
         torch.func.vmap(lambda a: dual_attention(a[None], *others))(qkq.detach())
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
         dual_attention(qkq, *others)
-
-
-GOOD = {
-    "qkq": torch.zeros(2, 3, 10, 8),
-    "v1": torch.zeros(2, 3, 2, 8),
-    "k2": torch.zeros(2, 5, 2, 8),
-    "v2": torch.zeros(2, 5, 2, 8),
-    "gate": torch.zeros(4),
-}
-BAD = [
-    ({"qkq": torch.zeros(2, 3, 80)}, "qkq must have 4 dimensions (B, T, H+K+H, d), got shape (2, 3, 80)"),
-    ({"v1": 1.0}, "v1 must be a tensor of shape (B, T, K, d), got float"),
-    ({"qkq": torch.zeros(2, 3, 11, 8)}, "qkq must hold H+K+H heads with K = 2 as in v1, got 11"),
-    ({"qkq": torch.zeros(2, 3, 2, 8)}, "qkq must hold H+K+H heads with K = 2 as in v1, got 2"),
-    ({"v1": torch.zeros(2, 4, 2, 8)}, "v1 must have shape (B, T, K, d) = (2, 3, 2, 8), got (2, 4, 2, 8)"),
-    ({"k2": torch.zeros(2, 5, 4, 8)}, "k2 must have shape (B, L, K, d) = (2, 5, 2, 8), got (2, 5, 4, 8)"),
-    ({"k2": torch.zeros(2, 5, 16)}, "k2 must have 4 dimensions (B, L, K, d), got shape (2, 5, 16)"),
-    ({"v2": torch.zeros(2, 6, 2, 8)}, "v2 must have shape (B, L, K, d) = (2, 5, 2, 8), got (2, 6, 2, 8)"),
-    ({"gate": torch.zeros(2)}, "gate must have shape (H) = (4), got (2,)"),
-    ({"k2": torch.zeros(2, 0, 2, 8), "v2": torch.zeros(2, 0, 2, 8)}, "k2 must have at least 1 token, got 0"),
-    ({"qkq": torch.zeros(2, 0, 10, 8), "v1": torch.zeros(2, 0, 2, 8)}, "qkq must have at least 1 token, got 0"),
-    ({"qkq": torch.zeros(2, 3, 8, 8), "gate": torch.zeros(3)}, "must be a multiple of the key heads, got 3 and 2"),
-    ({"gate": torch.zeros(4).int()}, "gate must be float32, bfloat16, float16 or float64, got torch.int32"),
-    ({"v2": torch.zeros(2, 5, 2, 8).double()}, "v2 is torch.float64 and qkq is torch.float32"),
-    ({"k2": torch.zeros(2, 5, 2, 8, device="meta")}, "k2 must be on cpu like qkq, got meta"),
-    ({"scale": float("inf")}, "scale must be a finite number or None for head_dim^-0.5, got inf"),
-    ({"mask": torch.ones(2, 5)}, "mask must be a bool tensor (True = attend), got torch.float32"),
-    ({"mask": torch.ones(2, 1, 5).bool()}, "mask must have shape (B, L) = (2, 5), got (2, 1, 5)"),
-    ({"mask": torch.ones(2, 3).bool()}, "mask must have shape (B, L) = (2, 5), got (2, 3)"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
-def test_bad_input_is_named(change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        dual_attention(**(GOOD | change))
 
 
 def test_every_combination_of_needed_gradients():

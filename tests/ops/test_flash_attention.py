@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import re
 
 import pytest
 import torch
@@ -254,34 +253,6 @@ def test_second_derivatives_and_transforms_are_refused():
         torch.func.vmap(lambda a: flash_attention(a[None], k, v))(q.detach())
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
         flash_attention(q, k, v)
-
-
-GOOD = {"q": torch.zeros(2, 3, 4, 8), "k": torch.zeros(2, 5, 2, 8), "v": torch.zeros(2, 5, 2, 8)}
-BAD = [
-    ({"q": torch.zeros(2, 3, 32)}, "q must have 4 dimensions (B, Tq, H, d), got shape (2, 3, 32)"),
-    ({"k": None}, "k must be a tensor of shape (B, Tk, K, d), got NoneType"),
-    ({"k": torch.zeros(3, 5, 2, 8)}, "k must have shape (B, Tk, K, d) = (2, 5, 2, 8), got (3, 5, 2, 8)"),
-    ({"k": torch.zeros(2, 5, 2, 4)}, "k must have shape (B, Tk, K, d) = (2, 5, 2, 8), got (2, 5, 2, 4)"),
-    ({"v": torch.zeros(2, 6, 2, 8)}, "v must have shape (B, Tk, K, d) = (2, 5, 2, 8), got (2, 6, 2, 8)"),
-    ({"k": torch.zeros(2, 0, 2, 8), "v": torch.zeros(2, 0, 2, 8)}, "k must have at least 1 token, got shape (2, 0, 2,"),
-    ({"q": torch.zeros(2, 3, 5, 8)}, "the number of query heads must be a multiple of the key heads, got 5 and 2"),
-    ({"k": torch.zeros(2, 5, 0, 8), "v": torch.zeros(2, 5, 0, 8)}, "must be a multiple of the key heads, got 4 and 0"),
-    ({"v": torch.zeros(2, 5, 2, 8).long()}, "v must be float32, bfloat16, float16 or float64, got torch.int64"),
-    ({"k": torch.zeros(2, 5, 2, 8).double()}, "k is torch.float64 and q is torch.float32"),
-    ({"v": torch.zeros(2, 5, 2, 8, device="meta")}, "v must be on cpu like q, got meta"),
-    ({"scale": float("nan")}, "scale must be a finite number or None for head_dim^-0.5, got nan"),
-    ({"scale": "0.5"}, "scale must be a finite number or None for head_dim^-0.5, got 0.5"),
-    ({"mask": torch.ones(2, 5)}, "mask must be a bool tensor (True = attend), got torch.float32"),
-    ({"mask": [True]}, "mask must be a bool tensor (True = attend), got list"),
-    ({"mask": torch.ones(2, 3, 5).bool()}, "mask must have shape (B, Tk) = (2, 5), got (2, 3, 5)"),
-    ({"mask": torch.ones(2, 5, device="meta").bool()}, "mask must be on cpu like the queries, got meta"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
-def test_bad_input_is_named(change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        flash_attention(**(GOOD | change))
 
 
 def test_every_combination_of_needed_gradients(implementation):
