@@ -42,10 +42,17 @@ def save(model: Any, folder: Path) -> None:
     """Write config.json, the weights and, if the model has one, the normalizer into the folder."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     stock = not model.config.context_projection
     name = STOCK_WEIGHTS if stock else OUR_WEIGHTS
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    elsewhere = [key for key, value in state.items() if type(value) is not Tensor or value.is_meta]
+    if elsewhere:
+        raise ValueError(
+            f"{len(elsewhere)} weights are sharded, offloaded or never filled (the first is {elsewhere[0]}): gather "
+            "them before saving, for example with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) and load_state_dict into a model of the same config"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f".{name}.{os.getpid()}"
     try:
         save_file(state, str(beside), metadata={"format": "pt"})

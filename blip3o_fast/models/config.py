@@ -6,6 +6,7 @@ The field names are those of diffusers' `LuminaNextDiT2DModel`. `from_dict` also
 """
 
 import difflib
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -282,6 +283,10 @@ class BLIP3oConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field by our names, ready for JSON; `from_dict` reads it back."""
         return asdict(self)
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON: what transformers' logging callbacks ask a model's config for."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def to_stock_dict(self) -> dict[str, Any]:
         """config.json of a diffusers `LuminaNextDiT2DModel` (context_projection=False only).

@@ -54,9 +54,8 @@ class Grid:
 
 def _untouched(module: nn.Module) -> bool:
     """No hook and no replaced forward: reading the weight is the same as calling the module."""
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) and (
-        "forward" not in module.__dict__
-    )
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
 
 
 def _dense(weight: Tensor | None) -> bool:

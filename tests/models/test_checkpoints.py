@@ -119,6 +119,14 @@ def test_normalizer_travels_with_the_weights(tmp_path: Path) -> None:
     assert BLIP3oDiT.from_pretrained(tmp_path).normalizer is None
 
 
+def test_weights_that_are_not_here_are_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = BLIP3oDiT(TINY)
+    with pytest.raises(ValueError, match="70 weights are sharded, offloaded or never filled .*gather them before"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 # ---- diffusers -----------------------------------------------------------------------------------------------------
 
 

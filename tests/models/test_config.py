@@ -1,6 +1,7 @@
 """Configuration: names of three families, checked values, sizes as diffusers derives them."""
 
 import dataclasses
+import json
 import warnings
 from typing import Any
 
@@ -30,6 +31,7 @@ def test_presets_survive_a_round_trip(name: str) -> None:
         warnings.simplefilter("error")
         config = BLIP3oConfig.preset(name)
     assert BLIP3oConfig.from_dict(config.to_dict()) == config
+    assert BLIP3oConfig.from_dict(json.loads(config.to_json_string())) == config
 
 
 def test_preset_takes_overrides_by_any_name() -> None:
