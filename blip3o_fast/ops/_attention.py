@@ -1,20 +1,17 @@
 """Which implementation attends: our own backends, or PyTorch's `scaled_dot_product_attention` by the name `sdpa`."""
 
 import importlib.util
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _backend
-from blip3o_fast.ops._backend import Backends
+from blip3o_fast.ops._backend import Backends, use_backend
+from blip3o_fast.ops._switch import Switch
 
 NAMES = ("auto", "sdpa", "flash-attn", "xformers")
 
-_active = "auto"
 
-
-class use_attention:
+class use_attention(Switch):
     """Choose who computes attention: `use_attention("sdpa")` from here on, `with use_attention("sdpa"):` inside.
 
     name: "auto" (the default: what `use_backend` says, and by default the faster one as measured), "sdpa"
@@ -23,24 +20,12 @@ class use_attention:
     Raises ValueError for another name; an implementation that cannot run raises RuntimeError when the op is called.
     """
 
+    active = "auto"
+
     def __init__(self, name: str) -> None:
-        global _active
         if name not in NAMES:
             raise ValueError(f"attention must be one of {', '.join(NAMES)}, got {name!r}")
-        self.previous = _active
-        _active = name
-
-    def __enter__(self) -> "use_attention":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _active
-        _active = self.previous
+        super().__init__(name)
 
 
 def attention_implementations() -> dict[str, str | None]:
@@ -60,15 +45,15 @@ def choose(
 
     q, k: [B, T, heads, d], those with the most pairs where there are several; dtype: the result's.
     """
-    if _active == "auto":
+    if use_attention.active == "auto":
         backend = backends.choose(q, k, *others)
-        if backend == "reference" and _backend._active == "auto" and _prefers_sdpa(q, k, dtype, differentiable):
+        if backend == "reference" and use_backend.active == "auto" and _prefers_sdpa(q, k, dtype, differentiable):
             return "sdpa"
         return backend
-    if _active != "sdpa":
-        reason = attention_implementations()[_active]
-        raise RuntimeError(f"attention implementation {_active!r} cannot run {backends.op}: {reason}")
-    return _active
+    if use_attention.active != "sdpa":
+        reason = attention_implementations()[use_attention.active]
+        raise RuntimeError(f"attention implementation {use_attention.active!r} cannot run {backends.op}: {reason}")
+    return use_attention.active
 
 
 # CPU milliseconds of dual_attention, forward / forward and backward, [16, 64, 28, 64] on one core with AVX-512, PyTorch

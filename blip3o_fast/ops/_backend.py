@@ -5,19 +5,19 @@ The choice is made once, in the op's public function, travels to the raw op as a
 
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 
 from torch import Tensor
+
+from blip3o_fast.ops._switch import Switch
 
 NAMES = ("auto", "reference", "triton", "cuda", "cpu")
 # What `auto` tries on each device before the reference.
 _PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
-_active = "auto"
 _warned: set[str] = set()
 
 
-class use_backend:
+class use_backend(Switch):
     """Run every op on one backend: `use_backend("reference")` from here on, `with use_backend("reference"):` inside.
 
     name: "auto" (the default: the fastest that can run the op on the tensors' device), "reference", "triton", "cuda"
@@ -25,24 +25,12 @@ class use_backend:
     Raises ValueError for another name.
     """
 
+    active = "auto"
+
     def __init__(self, name: str) -> None:
-        global _active
         if name not in NAMES:
             raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
-        self.previous = _active
-        _active = name
-
-    def __enter__(self) -> "use_backend":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _active
-        _active = self.previous
+        super().__init__(name)
 
 
 class Backends:
@@ -58,13 +46,14 @@ class Backends:
 
     def choose(self, x: Tensor, *others: Tensor | None) -> str:
         """The backend for a call whose activation is x. RuntimeError where the one asked for cannot run it."""
-        if _active == "reference":
+        active = use_backend.active
+        if active == "reference":
             return "reference"
-        if _active != "auto":
-            reason = self.refusal(_active, x, *others)
+        if active != "auto":
+            reason = self.refusal(active, x, *others)
             if reason is not None:
-                raise RuntimeError(f"backend {_active!r} cannot run {self.op}: {reason}")
-            return _active
+                raise RuntimeError(f"backend {active!r} cannot run {self.op}: {reason}")
+            return active
         for name in _PREFERRED.get(x.device.type, ()):
             if name not in self.refusals:
                 continue

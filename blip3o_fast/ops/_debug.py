@@ -1,20 +1,19 @@
 """`debug_ops`: run every fused op beside its reference and stop at the first that disagrees."""
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blip3o_fast.ops._switch import Switch
+
 # Two correct implementations differ by rounding: the last bit of each element, and in sums over rows the root of
 # their number of bits. A wrong kernel differs by far more.
 _ALLOWED = 256
 
-_active = False
 
-
-class debug_ops:
+class debug_ops(Switch):
     """Check each call of an op against its reference: `debug_ops()` from here on, `with debug_ops():` inside.
 
     Slow: every op of another backend runs a second time through PyTorch. Raises FloatingPointError naming the op, the
@@ -22,24 +21,15 @@ class debug_ops:
     where the reference is. Calls that run on the reference anyway are not checked.
     """
 
+    active = False
+
     def __init__(self, enabled: bool = True) -> None:
-        global _active
-        self.previous = _active
-        _active = enabled
-
-    def __enter__(self) -> "debug_ops":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _active
-        _active = self.previous
+        super().__init__(enabled)
 
 
 def checked(op: str, implementation: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
     """Compare a raw op's result with what its implementation gives on the reference backend (its last argument)."""
-    if not _active or args[-1] == "reference":
+    if not debug_ops.active or args[-1] == "reference":
         return
     expected = implementation(*args[:-1], "reference")
     ours, theirs = (_tensors(value) for value in (result, expected))
