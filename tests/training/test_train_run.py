@@ -66,6 +66,27 @@ def test_the_yardstick_is_in_step_with_the_evaluation(finished):
     assert sum(lines["linear_at_levels"]) / 8 == pytest.approx(lines["linear_conditional"]["overall"], rel=0.05)
 
 
+def test_the_linear_line_is_the_strongest_of_its_ridges(settings):
+    from blip3o_fast.flow.path import FlowPath
+    from blip3o_fast.flow.yardstick import yardstick
+
+    data = prepare.load_data(settings(normalize="standardize"))
+    # Few pictures, and a condition that says little: a fit without ridge is worse than none.
+    data.targets = data.targets + 3 * torch.randn(data.targets.shape)
+    data.conditions, data.targets = data.conditions[:12], data.targets[:12]
+    config = prepare.config_for(settings(), data)
+    lines = prepare.yardstick_for(settings(), data, config)
+    held_out = (data.held_out_conditions, data.held_out_targets)
+    path = FlowPath("linear", config.sigma_min, config.sigma_max)
+    losses = {
+        ridge: yardstick(data.conditions, data.targets, path=path, held_out=held_out, ridge=ridge)
+        for ridge in (1.0, 0.1, 1e-3)
+    }
+    best = min(losses, key=lambda ridge: losses[ridge].linear_conditional.overall)
+    assert lines["ridge"] == best
+    assert lines["linear_conditional"]["overall"] == pytest.approx(losses[best].linear_conditional.overall)
+
+
 def test_a_finished_run_says_so(finished, embeddings, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     result = train(TrainSettings(embeddings, finished[0], resume_from_checkpoint="auto", **SMALL))
