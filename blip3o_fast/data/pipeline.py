@@ -129,7 +129,8 @@ class Pipeline:
                 continue
             good.append(picture)
             inputs[0].append(self.condition.preprocess(image))
-            inputs[1].append(self.target.preprocess(image))
+            same = self.target.preprocess == self.condition.preprocess
+            inputs[1].append(inputs[0][-1] if same else self.target.preprocess(image))
         if not good:
             return _Batch([], torch.empty(0), torch.empty(0), damaged)
         with self._turn:

@@ -39,8 +39,8 @@ class Patches(nn.Module):
         return self.conv(x)
 
 
-def encoder(name: str, dim: int, seed: int) -> Encoder:
-    preprocess = Preprocessing(32, (127.0,) * 3, (64.0,) * 3, crop=False)
+def encoder(name: str, dim: int, seed: int, crop: bool = False) -> Encoder:
+    preprocess = Preprocessing(32, (127.0,) * 3, (64.0,) * 3, crop=crop)
     return Encoder(EncoderInfo(name, dim), preprocess, Patches(dim, seed), lambda model, x: model(x))
 
 
@@ -83,6 +83,16 @@ def test_every_picture_once_in_order(tmp_path: Path, tars: Path, sides, batch_si
     assert [row.source for row in read_index(tmp_path / "out")][3:5] == ["00000.tar", "00001.tar"]
     assert sorted(os.listdir(tmp_path / "out"))[2:] == [f"shard_0000{i}.safetensors" for i in range(3)]
     assert len(EmbeddingDataset(tmp_path / "out", split="train")) == 10
+
+
+def test_each_encoder_gets_its_own_preprocessing(tmp_path: Path, tars: Path) -> None:
+    sides = encoder("condition", 6, 0), encoder("target", 6, 0, crop=True)
+    run(tars, tmp_path / "out", sides)
+    read = read_shards(tmp_path / "out")
+    for side, features in zip(sides, (read.condition, read.target), strict=True):
+        wanted = side.encode(torch.stack([side.preprocess(decode(png(i))) for i in range(11)]))
+        assert float((features - wanted).abs().max()) <= 1e-4
+    assert not torch.allclose(read.condition, read.target, atol=1e-2)
 
 
 def test_the_thread_count_is_put_back(tmp_path: Path, tars: Path, sides, two_threads) -> None:
