@@ -103,6 +103,9 @@ class BLIP3oDiT(
         Returns [B, N, out_channels] or [B, out_channels, H, W]. Raises ValueError where a shape or dtype does not fit.
         """
         config = self.config
+        for name, value in (("hidden_states", hidden_states), ("timestep", timestep)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         image, as_tokens = to_image(hidden_states, config)
         batch = image.shape[0]
         self._check_inputs(image, timestep, encoder_hidden_states, encoder_mask)

@@ -11,7 +11,8 @@ _TABLES: dict[tuple[int, int, int, torch.device], Tensor] = {}
 def kept_rope_table(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
     """fp32 [rows * columns, head_dim / 2, 2] with (cos, sin), tokens row by row."""
     if torch.compiler.is_compiling():
-        return rope_table(rows, columns, head_dim, device="cpu").to(device)  # a traced tensor ends with its trace
+        # A traced tensor ends with its trace. On the device, since a copy from the CPU would rule out CUDA graphs.
+        return rope_table(rows, columns, head_dim, device=device)
     key = (rows, columns, head_dim, device)
     table = _TABLES.get(key)
     if table is None:
