@@ -56,6 +56,7 @@ def pictures_to_tars(images: str, cache: Path, tars: Path) -> int:
 
 def fetch(cache: Path) -> Path:
     """A folder of captioned pictures below `cache`: from Debian's archive, else from the hub. ValueError if neither."""
+    cache = cache.resolve()  # the programs below run in folders of their own
     done = cache / "whole"
     if done.is_file():
         return cache / done.read_text()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -68,8 +69,9 @@ def no_hub(folder):
     raise RuntimeError("the hub cannot be reached (Offline)")
 
 
-def test_empty_lists_are_refreshed_privately(archive, tmp_path):
-    folder = fetch.fetch(tmp_path / "cache")
+def test_empty_lists_are_refreshed_privately(archive, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = fetch.fetch(Path("cache"))  # relative, as `make demo` gives it
     files = images.picture_files(folder, keep=lambda path: not fetch._VARIANT.search(path.stem))
     assert [file.name for file in files] == ["frog.png", "newt.png"]
     calls = (tmp_path / "log").read_text().splitlines()
