@@ -140,6 +140,15 @@ def demo(
     encoders: Annotated[str, option("encoders", "efficientnet (packages), clip or full (hub).")] = "efficientnet",
     train_steps: Annotated[int, option("train_steps", "Training steps.")] = 500,
     seed: Annotated[int, option("seed", "Of weights, order and noise.")] = 0,
+    trust_remote_code: Annotated[
+        bool, option("trust_remote_code", "For full: let an encoder run the Python code of its hub repository.")
+    ] = False,
+    condition_revision: Annotated[
+        str | None, option("condition_revision", "Commit of the condition encoder's repository.")
+    ] = None,
+    target_revision: Annotated[
+        str | None, option("target_revision", "Commit of the target encoder's repository.")
+    ] = None,
 ) -> None:
     """The whole job on real pictures: fetch, extract, train, sample, judge, compare with diffusers, report.
 

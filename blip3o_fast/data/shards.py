@@ -107,7 +107,7 @@ class ShardWriter:
         found = read_meta(self.folder) if (self.folder / META).exists() else None
         if found is not None and found != meta and not overwrite:
             raise ValueError(
-                f"{self.folder}: holds features of {_describe(found)}; asked for {_describe(meta)}; "
+                f"{self.folder}: holds features of {_difference(found, meta)}; "
                 "choose another output folder, or overwrite"
             )
         if found is not None and found != meta and (self.folder / INDEX).exists():
@@ -295,5 +295,13 @@ def _check_tensor(where: str, name: str, value: Tensor, tokens: int, dim: int) -
             raise ValueError(f"{where}: {name} has NaN or Inf in row {row}")
 
 
-def _describe(meta: Meta) -> str:
-    return f"{meta.condition} -> {meta.target}, {meta.tokens} tokens"
+def _difference(found: Meta, asked: Meta) -> str:
+    """The fields in which two folders' features differ; of a network with another name, the name alone."""
+    told = []
+    for side in ("condition", "target"):
+        there, wanted = asdict(getattr(found, side)), asdict(getattr(asked, side))
+        keys = ["name"] if there["name"] != wanted["name"] else list(there)
+        told += [f"{side} {key} {there[key]!r}, asked for {wanted[key]!r}" for key in keys if there[key] != wanted[key]]
+    if found.tokens != asked.tokens:
+        told.append(f"{found.tokens} tokens, asked for {asked.tokens}")
+    return "; ".join(told)

@@ -6,7 +6,6 @@ together, remembers what is done, and draws the report.
 
 import json
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +36,19 @@ REFERENCE_CURVE = Path(__file__).resolve().parents[2] / "docs" / "curves" / "dem
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """images: "" fetches captioned pictures, else a folder with at least 32; encoders: a key of ENCODERS."""
+    """images: "" fetches captioned pictures, else a folder with at least 32; encoders: a key of ENCODERS.
+
+    trust_remote_code and the revisions go to `extract`: the 8B encoder of "full" runs code of its hub repository.
+    """
 
     output_dir: Path = Path("runs/demo")
     images: str = ""
     encoders: str = "efficientnet"
     train_steps: int = 500
     seed: int = 0
+    trust_remote_code: bool = False
+    condition_revision: str | None = None
+    target_revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.encoders not in ENCODERS:
@@ -62,24 +67,21 @@ def run_demo(settings: DemoSettings) -> dict[str, float]:
     pictures, tars, embeddings = folder / "pictures", folder / "tars", folder / "embeddings"
     model, samples, metrics_file = folder / "model", folder / "samples.safetensors", folder / "metrics.json"
 
-    def get_pictures() -> None:
-        shutil.rmtree(tars, ignore_errors=True)
-        fetch.pictures_to_tars(settings.images, pictures, tars)
-
     stages.run(
-        "pictures", "Pictures with captions, as webdataset tars", {"images": settings.images}, [tars], get_pictures
-    )
+        "pictures", "Pictures with captions, as webdataset tars", {"images": settings.images}, [tars],
+        lambda: _pictures_of(settings, pictures, tars),
+    )  # fmt: skip
     condition, target = ENCODERS[settings.encoders]
-    encoders = ["--condition_encoder", condition, "--target_encoder", target, "--overwrite"]
+    encoders = ["--condition_encoder", condition, "--target_encoder", target, *_hub_flags(settings)]
     extract = stages.note("extract", "--images", tars, "--output_dir", embeddings, *encoders)
     stages.run(
         "extract", f"Features of two networks: {condition} -> {target}", {"command": extract},
-        [embeddings / "meta.json"], lambda: stages.command(*extract),
+        [embeddings], lambda: stages.command(*extract),
     )  # fmt: skip
     train = stages.note("train", *_train_flags(settings, embeddings, model))
     stages.run(
         "train", f"A small BLIP3-o DiT, {settings.train_steps} steps", {"command": train},
-        [model / "model.safetensors"], lambda: stages.command(*train),
+        [model], lambda: stages.command(*train),
     )  # fmt: skip
     sampling = ["--embeddings_path", embeddings, "--guidance_scale", GUIDANCE, "--num_steps", NUM_STEPS]
     sample = stages.note("sample", "--model", model, *sampling, "--split", "eval", "--output", samples)
@@ -117,6 +119,20 @@ def run_demo(settings: DemoSettings) -> dict[str, float]:
         typer.echo(f"  {name:24}{value:>9}   {meaning}")
     typer.echo(f"\nreport: {(folder / 'report.html').resolve()}")
     return metrics
+
+
+def _pictures_of(settings: DemoSettings, cache: Path, tars: Path) -> None:
+    count = fetch.pictures_to_tars(settings.images, cache, tars)
+    typer.echo(f"      {count} pictures in {tars}")
+
+
+def _hub_flags(settings: DemoSettings) -> list[str]:
+    """What encoders of the hub that bring code of their own need to be told."""
+    flags = ["--trust_remote_code"] if settings.trust_remote_code else []
+    for side, revision in (("condition", settings.condition_revision), ("target", settings.target_revision)):
+        if revision is not None:
+            flags += [f"--{side}_revision", revision]
+    return flags
 
 
 def _train_flags(settings: DemoSettings, embeddings: Path, model: Path) -> list[str | Path]:

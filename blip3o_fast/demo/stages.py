@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,28 +31,37 @@ class Stages:
     def run(
         self, name: str, title: str, settings: dict[str, Any], outputs: Sequence[Path], work: Callable[[], None]
     ) -> None:
-        """Do `work` unless the record says that it is done. `settings` is everything that the result depends on."""
+        """Do `work` unless the record says that it is done. `settings` is everything that the result depends on.
+
+        Outputs of an interrupted try with the same settings stay, so that `work` can continue; those of other
+        settings are removed first.
+        """
         number = f"[{self.names.index(name) + 1}/{len(self.names)}]"
-        record = self.records / f"{name}.json"
+        record, begun = self.records / f"{name}.json", self.records / f"{name}.begun.json"
         key = {"settings": settings, "after": list(self.history)}
         done = _read(record)
         if done is not None and done["key"] == key and all(path.exists() for path in outputs):
             typer.echo(f"{number} {title}: done before")
         else:
             typer.echo(f"{number} {title}")
+            self.records.mkdir(parents=True, exist_ok=True)
             record.unlink(missing_ok=True)
+            if _read(begun) != key:
+                for path in outputs:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                write_text(begun, json.dumps(key, indent=1))
             start = time.perf_counter()
             work()
             missing = [str(path) for path in outputs if not path.exists()]
             assert not missing, f"stage {name} ended without writing {missing}"
             done = {"key": key, "seconds": round(time.perf_counter() - start, 2), "finished": time.time()}
-            self.records.mkdir(parents=True, exist_ok=True)
             write_text(record, json.dumps(done, indent=1))
+            begun.unlink()
         self.history.append([name, done["finished"]])
         self.seconds[title] = done["seconds"]
 
     def command(self, *arguments: object) -> None:
-        """Run one verb of our own command line, shown as the user would type it. RuntimeError where it fails."""
+        """Run one verb of our own command line, shown as the user would type it. ValueError where it fails."""
         words = [str(argument) for argument in arguments]
         typer.echo("      $ blip3o-fast " + " ".join(words))
         code = subprocess.run([sys.executable, "-m", "blip3o_fast", *words]).returncode

@@ -59,6 +59,21 @@ def test_an_interrupted_stage_is_not_done(tmp_path):
     assert (first.count, second.count) == (1, 2)
 
 
+def test_an_interrupted_stage_continues_only_with_its_own_settings(tmp_path):
+    """Same settings: what it had written is there to continue from. Others: it is gone."""
+    half, found = tmp_path / "a", []
+
+    def interrupted():
+        found.append(half.exists())
+        half.write_text("half")
+        raise KeyboardInterrupt
+
+    for steps in (3, 3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            Stages(tmp_path, ["one"]).run("one", "First", {"steps": steps}, [half], interrupted)
+    assert found == [False, True, False]
+
+
 def test_a_damaged_record_counts_as_none(tmp_path):
     first, second = Runs(tmp_path / "a"), Runs(tmp_path / "b")
     go(tmp_path, first, second)
