@@ -232,6 +232,10 @@ def _strings(path: Path, name: str, value: Any, count: int, fallback: str) -> li
     if not isinstance(listed, (list, tuple)) or len(listed) != count:
         found = f"{len(listed)} entries" if isinstance(listed, (list, tuple)) else f"a {type(value).__name__}"
         raise ValueError(f"{path}: {name} has {found}; a list of {count} is needed")
+    for item in listed:
+        # not str() of anything: a few hundred bytes of nested lists that share their parts print as terabytes
+        if not isinstance(item, (str, int, float, type(None))):
+            raise ValueError(f"{path}: {name} holds a {type(item).__name__}; text or numbers are needed")
     return [str(item) for item in listed]
 
 

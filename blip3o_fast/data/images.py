@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -183,6 +183,7 @@ def folder_pictures(folder: Path, files: tuple[Path, ...] | list[Path], skipped:
             continue
         stem = file.relative_to(folder).with_suffix("").as_posix()
         key = "/".join(part.replace(".", "_") for part in stem.split("/"))
+        key = key.encode(errors="replace").decode()  # a name that is not UTF-8 could not be written to the index
         if key in seen:
             key = f"{key}_{file.suffix[1:].lower()}"
         while key in seen:
@@ -200,7 +201,7 @@ def tar_pictures(path: Path, skipped: Skipped, stream: IO[bytes] | None = None) 
     key, caption, found = None, "", None
     number = 0
     try:
-        with tarfile.open(path, "r|", fileobj=stream) as tar:
+        with tarfile.open(path, "r|", fileobj=stream, tarinfo=_Member, errors="replace") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # a stream has no use for a list of what is past
                 number += 1
@@ -238,6 +239,17 @@ def tar_pictures(path: Path, skipped: Skipped, stream: IO[bytes] | None = None) 
             yield Picture(key, caption, *found)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path}: not a whole uncompressed tar ({error}), after {number} members") from error
+
+
+class _Member(tarfile.TarInfo):
+    """tarfile takes a header that is missing, torn or damaged for the end of the archive; here it is an error."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"{error} where a member or the end mark should be") from error
 
 
 def _first_line(data: bytes) -> str:

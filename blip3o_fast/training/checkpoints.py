@@ -2,7 +2,7 @@
 
     run.json            settings, versions, data, status: running | interrupted | finished
     metrics.jsonl       one object per log
-    checkpoint-N/       model.safetensors, config.json, normalizer.safetensors, ema.safetensors, optimizer.pt, ...,
+    checkpoint-N/       weights as models.checkpoints names them, config.json, normalizer.safetensors, ema.safetensors,
                         and complete.json, written last: a folder without it was cut off and is never continued
     model.safetensors, config.json, normalizer.safetensors      the trained model, once the run is finished
 
@@ -19,11 +19,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.models.checkpoints import OUR_WEIGHTS, STOCK_WEIGHTS
+
 MARKER = "complete.json"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_NEEDED = ("model.safetensors", "trainer_state.json")
+_STATE = "trainer_state.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,9 +78,10 @@ def what_is_missing(folder: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError) as error:
         return f"its {MARKER} cannot be read ({error})"
-    for name in _NEEDED:
-        if name not in sizes:
-            return f"{name} is missing"
+    if OUR_WEIGHTS not in sizes and STOCK_WEIGHTS not in sizes:
+        return f"{OUR_WEIGHTS} is missing"
+    if _STATE not in sizes:
+        return f"{_STATE} is missing"
     for name, size in sizes.items():
         if size != files[name]:
             return f"{name} has {size} bytes instead of {files[name]}"

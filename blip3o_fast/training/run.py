@@ -40,14 +40,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     _need_libraries()
     resume = resume_point(settings)
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
-    if resume and is_finished(settings, resume, earlier):
-        step = checkpoints.step_of(resume)
-        say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; more with a larger --max_steps")
-        return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from else None
     data = prepare.load_data(settings, normalizer=stored_normalizer(resume) or getattr(start, "normalizer", None))
     check_same_run(settings, earlier, data, resume)
+    if resume and is_finished(settings, resume, earlier):
+        step = checkpoints.step_of(resume)
+        say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; more with a larger --max_steps")
+        return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
     model = prepare.model_for(settings, data, start)
     world = int(env.read("WORLD_SIZE") or "1")
     steps = prepare.total_steps(settings, len(data.conditions), world)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
+from blip3o_fast.models.checkpoints import read_weights
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.ema import EMA
 from blip3o_fast.training.finite import FiniteWatch
@@ -285,10 +286,7 @@ class BLIP3oTrainer(Trainer):
         self.state.global_step = checkpoints.step_of(Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        from safetensors.torch import load_file
-
         target = self.model if model is None else model
-        state = load_file(Path(resume_from_checkpoint) / "model.safetensors", device="cpu")
-        target.load_state_dict(state, strict=True)
+        target.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=True)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)

@@ -187,6 +187,10 @@ def test_bad_pickles(tmp_path: Path) -> None:
     refused({**good, "clip_blip3o_embeddings": np.full((2, 3, 5), np.nan)}, "NaN or Inf in row 0")
     refused({**good, "captions": ["a"]}, "captions has 1 entries; a list of 2")
     refused({**good, "keys": "ab"}, "keys has a str; a list of 2")
+    shared: list = ["a"]
+    for _ in range(60):
+        shared = [shared, shared]  # as text, 2^60 letters
+    refused({**good, "captions": [shared, shared]}, "captions holds a list; text or numbers are needed")
     refused({**good, "captions": print}, "it asks for 'builtins.print'", UnsafePickleError)
     file.write_bytes(pickle.dumps(good))
     dataset = EmbeddingDataset(file)

@@ -316,8 +316,21 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
         tar.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"x\.tar: not a whole uncompressed tar"):
             list(tar_pictures(tar, Skipped()))
+    second = whole.index(b"b.png")
+    for damaged in (whole[:second], whole[: second + 100], whole[:second] + b"U" * 512 + whole[second + 512 :]):
+        tar.write_bytes(damaged)  # tarfile itself takes each of these for the end of the archive
+        with pytest.raises(ValueError, match=r"x\.tar: not a whole uncompressed tar .* after 1 members"):
+            list(tar_pictures(tar, Skipped()))
     import gzip
 
     tar.write_bytes(gzip.compress(whole))
     with pytest.raises(ValueError, match="not a whole uncompressed tar"):
         list(tar_pictures(tar, Skipped()))
+
+
+def test_names_that_are_not_utf8_become_keys_that_can_be_written(tmp_path: Path) -> None:
+    tar = make_tar(tmp_path / "x.tar", [("caf\udce9.png", encoded())])
+    assert [p.key.encode() for p in tar_pictures(tar, Skipped())] == ["caf\N{REPLACEMENT CHARACTER}".encode()]
+    (tmp_path / "caf\udce9.png").write_bytes(encoded())
+    (found,) = folder_pictures(tmp_path, picture_files(tmp_path), Skipped())
+    assert found.key.encode() == b"caf?"

@@ -92,7 +92,16 @@ def test_a_finished_run_says_so(finished, embeddings, capsys):
     result = train(TrainSettings(embeddings, finished[0], resume_from_checkpoint="auto", **SMALL))
     assert result["status"] == "finished"
     assert "is finished: 6 steps" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--seed: the run has 42, now 7"):
+        train(TrainSettings(embeddings, finished[0], resume_from_checkpoint="auto", seed=7, **SMALL))
     assert before == {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+
+
+def test_a_stock_network_is_continued_like_any_other(settings):
+    train(settings(context_projection=False, max_steps=3, ema_decay=0))
+    last = checkpoints.last_whole(settings().output_dir)
+    assert last is not None and (last / "diffusion_pytorch_model.safetensors").is_file()
+    assert train(settings(context_projection=False, ema_decay=0, resume_from_checkpoint="auto"))["step"] == 6
 
 
 def test_ctrl_c_saves_a_whole_checkpoint_and_the_run_goes_on_to_the_same_end(
