@@ -25,7 +25,7 @@ _DEVICE_KEYS = ("CPU", "CUDA", "MPS")
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register one raw op and return it.
 
-    schema: `name(Tensor x, ...) -> ...` with a last argument `str backend`, which the caller has already chosen.
+    schema: `name(Tensor x, ...) -> ...` with a last argument `str backend`, already chosen, where there is a choice.
     implementation: runs on real tensors of any device; fake: allocates outputs of the right shape and dtype.
     """
     name = schema[: schema.index("(")]

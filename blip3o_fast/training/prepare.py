@@ -174,12 +174,20 @@ def config_for(settings: TrainSettings, data: Data) -> BLIP3oConfig:
     return BLIP3oConfig.preset(settings.preset, **fields) if settings.preset else BLIP3oConfig(**fields)
 
 
-def model_for(settings: TrainSettings, data: Data, start: BLIP3oDiT | None) -> BLIP3oDiT:
-    """A new network with weights drawn from the seed, or the one to start from."""
+def model_for(
+    settings: TrainSettings, data: Data, start: BLIP3oDiT | None, config: BLIP3oConfig | None = None
+) -> BLIP3oDiT:
+    """A new network with weights drawn from the seed, or the one to start from.
+
+    config: of the run that is continued. The flags alone do not say it: the run may have begun with --init_from.
+    """
     if start is None:
-        model = BLIP3oDiT(config_for(settings, data), generator=torch.Generator().manual_seed(settings.seed))
+        config = config_for(settings, data) if config is None else config
+        model = BLIP3oDiT(config, generator=torch.Generator().manual_seed(settings.seed))
     else:
         model = start
+        if problems := _flags_against(settings, model.config, data.normalizer.target.spec):
+            raise ValueError("\n".join(problems))
         found = (data.targets.shape[2], data.conditions.shape[2], data.targets.shape[1])
         wanted = (model.config.in_channels, model.config.cross_attention_dim, model.config.num_tokens)
         if found != wanted:
@@ -191,6 +199,33 @@ def model_for(settings: TrainSettings, data: Data, start: BLIP3oDiT | None) -> B
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+# Flags that describe a network, and its field.
+_OF_THE_NETWORK = {
+    "model_dim": "hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_kv_heads",
+    "multiple_of": "multiple_of",
+    "ffn_dim_multiplier": "ffn_dim_multiplier",
+    "context_projection": "context_projection",
+    "prediction_type": "prediction_type",
+    "schedule_type": "schedule",
+    "sigma_min": "sigma_min",
+    "sigma_max": "sigma_max",
+}
+
+
+def _flags_against(settings: TrainSettings, config: BLIP3oConfig, spec: str) -> list[str]:
+    """Flags that say otherwise than the network of --init_from, which brings its own values: one line each."""
+    theirs = {flag: getattr(config, name) for flag, name in _OF_THE_NETWORK.items()} | {"normalize": spec}
+    given = {
+        flag: getattr(settings, flag) for flag in theirs if getattr(settings, flag) != getattr(TrainSettings, flag)
+    }
+    lines = [f"--{flag} {value}: the network of --init_from has {theirs[flag]}; leave the flag out"
+             for flag, value in given.items() if value != theirs[flag]]  # fmt: skip
+    return lines + (["--preset: --init_from brings its network along; leave the flag out"] if settings.preset else [])
 
 
 def total_steps(settings: TrainSettings, pictures: int, world_size: int) -> int:

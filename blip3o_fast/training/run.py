@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blip3o_fast import __version__, env
+from blip3o_fast.models.checkpoints import read_config
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.training import checkpoints, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
@@ -41,14 +42,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     resume = resume_point(settings)
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
     device = prepare.device_for(settings)
-    start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from else None
+    start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from and not resume else None
     data = prepare.load_data(settings, normalizer=stored_normalizer(resume) or getattr(start, "normalizer", None))
     check_same_run(settings, earlier, data, resume)
     if resume and is_finished(settings, resume, earlier):
         step = checkpoints.step_of(resume)
         say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; more with a larger --max_steps")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
-    model = prepare.model_for(settings, data, start)
+    model = prepare.model_for(settings, data, start, read_config(resume) if resume else None)
     world = int(env.read("WORLD_SIZE") or "1")
     steps = prepare.total_steps(settings, len(data.conditions), world)
     say(prepare.header(settings, data, model, device, steps, world))

@@ -50,6 +50,8 @@ def test_sentences_follow_the_numbers():
     sheet = Report(METRIC_VALUES, {}, figures=dict.fromkeys(("recall", "cosine", "loss"), b""))
     assert "49 times chance: good" in render(sheet)
     assert "Below 1 is good" in render(sheet)
+    few = METRIC_VALUES | {"recall_at_1": 1.0, "recall_at_1_chance": 1 / 3}
+    assert "3 times chance: good" in render(Report(few, {}, figures=sheet.figures))
     bad = METRIC_VALUES | {"recall_at_1": 0.02, "token_cosine": 0.3, "loss_over_linear": 1.1}
     text = render(Report(bad, {}, figures=sheet.figures))
     assert "too low" in text and "it should beat both" in text and "train longer" in text

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from blip3o_fast.ops import debug_ops, rms_norm_modulate
+from blip3o_fast.ops import debug_ops, merged_linear, rms_norm_modulate
 
 OP = importlib.import_module("blip3o_fast.ops.rms_norm_modulate")
 X, WEIGHT = torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 16), torch.ones(16)
@@ -49,3 +49,10 @@ def test_it_can_stay_on(cpu_kernel):
     finally:
         debug_ops(False)
     rms_norm_modulate(X, WEIGHT)
+
+
+def test_ops_with_one_implementation_pass():
+    weights = [torch.randn(4, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)]
+    with debug_ops():
+        merged_linear(X, weights).sum().backward()
+    assert all(weight.grad is not None for weight in weights)

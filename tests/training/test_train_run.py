@@ -331,3 +331,19 @@ def test_wandb_is_off_with_one_line_that_says_how_to_turn_it_on(monkeypatch, tmp
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert trainer_args.wandb_is_ready()[0]
+
+
+def test_a_run_that_began_from_a_model_keeps_its_objective(embeddings, settings, tmp_path):
+    train(TrainSettings(embeddings, tmp_path / "base", **SMALL, prediction_type="epsilon", sigma_min=0.2))
+    flags = dict.fromkeys(("model_dim", "num_layers", "num_heads", "multiple_of"))
+    for wrong, message in (
+        ({"sigma_min": 0.3}, "--sigma_min 0.3: the network of --init_from has 0.2"),
+        ({"model_dim": 32}, "--model_dim 32: the network of --init_from has 16"),
+        ({"preset": "tiny"}, "--preset: --init_from brings its network along"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(settings(init_from=str(tmp_path / "base"), **flags | wrong))
+    train(settings(init_from=str(tmp_path / "base"), max_steps=3, **flags))
+    train(settings(resume_from_checkpoint="auto", **flags))  # as without --init_from, which is not asked for again
+    config = BLIP3oDiT.from_pretrained(settings().output_dir).config
+    assert (config.prediction_type, config.sigma_min) == ("epsilon", 0.2)
