@@ -67,6 +67,7 @@ def _read(file: BinaryIO, size: int, name: str) -> Any:
         raise UnsafePickleError(f"{name}: {error}; {_ALLOWED}") from None
     # What a truncated or bent opcode stream can raise inside the machine; none of it is a bug of ours.
     except (
+        BufferError,
         EOFError,
         LookupError,
         TypeError,

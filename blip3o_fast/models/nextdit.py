@@ -103,7 +103,8 @@ class BLIP3oDiT(
         Returns [B, N, out_channels] or [B, out_channels, H, W]. Raises ValueError where a shape or dtype does not fit.
         """
         config = self.config
-        for name, value in (("hidden_states", hidden_states), ("timestep", timestep)):
+        given = {"hidden_states": hidden_states, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        for name, value in (given if encoder_mask is None else given | {"encoder_mask": encoder_mask}).items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         image, as_tokens = to_image(hidden_states, config)

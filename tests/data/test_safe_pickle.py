@@ -390,6 +390,14 @@ def test_announced_lengths_do_not_allocate(opcode: bytes) -> None:
         safe_loads(b"\x80\x04Nr\xff\xff\xff\x7f0j\xff\xff\xff\x7e.")  # a memo index must not size a table
 
 
+def test_memory_under_an_array_is_not_resized() -> None:
+    memory = b"\x96" + (8).to_bytes(8, "little") + bytes(8) + b"\x94"  # a bytearray, remembered as number 0
+    array = b"".join((FROMBUFFER, b"(h\x00", F4, b"K\x02\x85", short("C"), b"tR"))
+    assert safe_loads(program(memory, array)).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="BufferError"):
+        safe_loads(program(memory, array, b"h\x00K\x05a"))  # appends to it
+
+
 def test_environment_cannot_lift_the_restriction(tmp_path: pathlib.Path) -> None:
     marker = tmp_path / "marker"
     path = tmp_path / "evil.pkl"

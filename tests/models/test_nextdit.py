@@ -116,6 +116,8 @@ def test_no_samples(model: BLIP3oDiT) -> None:
         ({0: torch.zeros(2, 17, 8, 8)}, r"with C = 16 .* got \(2, 17, 8, 8\)"),
         ({0: torch.zeros(64, 16)}, r"got \(64, 16\)"),
         ({1: 0.5}, "timestep must be a tensor, got float"),
+        ({2: None}, "encoder_hidden_states must be a tensor, got NoneType"),
+        ({3: [True]}, "encoder_mask must be a tensor, got list"),
         ({1: torch.zeros(3)}, r"timestep must have shape \(B,\) = \(2,\) or \(\), got \(3,\)"),
         ({1: torch.zeros(2, 1)}, r"timestep must have shape .* got \(2, 1\)"),
         ({2: torch.zeros(2, 5, 25)}, r"encoder_hidden_states .* = \(2, L >= 1, 24\), got \(2, 5, 25\)"),
