@@ -2,7 +2,8 @@
 PYTHON := scripts/with_headers.sh .venv/bin/python
 IMAGES ?=
 ENCODERS ?=
-DEMO_FLAGS := $(if $(IMAGES),--images "$(IMAGES)") $(if $(ENCODERS),--encoders $(ENCODERS))
+FLAGS ?=
+DEMO_FLAGS := $(if $(IMAGES),--images "$(IMAGES)") $(if $(ENCODERS),--encoders $(ENCODERS)) $(FLAGS)
 # Two workers with one thread each beat one worker with two threads on the small shapes of the tests.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 # A change in any of these brings the environment (or only the extension) up to date.

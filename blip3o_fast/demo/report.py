@@ -17,7 +17,7 @@ METRICS = {
     "recall_at_1": ("recall@1", "share of held-out pictures whose own target is nearest to what was generated", True),
     "recall_at_5": ("recall@5", "the same among the five nearest", True),
     "token_cosine": ("token cosine", "cosine of each generated token with the true one, mean over 64 tokens", True),
-    "centred_cosine": ("centred cosine", "the same without the training mean: a constant scores about 0", True),
+    "centred_cosine": ("centred cosine", "the same after subtracting the mean training token from both", True),
     "l2_distance": ("L2 distance", "Euclidean distance between generated and true tokens", False),
     "frechet_distance": ("Fréchet distance", "between the two embedding sets as Gaussians: do they look alike?", False),
 }  # fmt: skip
@@ -109,9 +109,10 @@ _BUCKETS = (
     "below the linear bar is good, and bars near 1 at low sigma only say that fine detail is hard to predict."
 )
 _SHEET = (
-    "Held-out pictures. Left the condition (blue), then the picture whose true embedding is nearest to its own, then "
-    "the four pictures whose embeddings are nearest to what the model generated; a green frame is the very picture. "
-    "Chance would show unrelated pictures in every row; green first and kindred pictures after it is good."
+    "Held-out pictures, searched among the held-out ones. Left the condition (blue), then the picture whose true "
+    "embedding is nearest to its own, then the four whose embeddings are nearest to what the model generated; a green "
+    "frame is the very picture. Chance would show unrelated pictures in every row; green first, as often as recall@1 "
+    "says, and kindred pictures after it is good."
 )
 
 

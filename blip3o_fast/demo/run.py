@@ -7,6 +7,7 @@ together, remembers what is done, and draws the report.
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 import typer
 from torch import Tensor
+from tqdm import tqdm
 
 from blip3o_fast import __version__
-from blip3o_fast.data.images import Skipped, decode, tar_pictures
+from blip3o_fast.data.images import Skipped, decode, find_sources, tar_pictures
 from blip3o_fast.demo import fetch, plots
 from blip3o_fast.demo.report import Report, headline, render
 from blip3o_fast.demo.stages import Stages, write_text
@@ -30,7 +32,7 @@ ENCODERS = {
 }
 GUIDANCE, NUM_STEPS = 2.0, 30
 # How many held-out pictures stock diffusers and ours sample against the clock.
-COMPARED = 16
+COMPARED = 8
 REFERENCE_CURVE = Path(__file__).resolve().parents[2] / "docs" / "curves" / "demo.jsonl"
 
 
@@ -67,8 +69,9 @@ def run_demo(settings: DemoSettings) -> dict[str, float]:
     pictures, tars, embeddings = folder / "pictures", folder / "tars", folder / "embeddings"
     model, samples, metrics_file = folder / "model", folder / "samples.safetensors", folder / "metrics.json"
 
+    chosen = [source.fingerprint for source in find_sources(settings.images)] if settings.images else []
     stages.run(
-        "pictures", "Pictures with captions, as webdataset tars", {"images": settings.images}, [tars],
+        "pictures", "Pictures with captions, as webdataset tars", {"images": settings.images, "files": chosen}, [tars],
         lambda: _pictures_of(settings, pictures, tars),
     )  # fmt: skip
     condition, target = ENCODERS[settings.encoders]
@@ -170,8 +173,20 @@ def compare_with_stock(model_dir: Path, embeddings: Path) -> dict[str, float]:
     def run_ours() -> Tensor:
         return sample(ours, raw, num_steps=NUM_STEPS, guidance_scale=GUIDANCE, noise=noise)
 
-    difference = (run_ours() - run_stock()).abs().max().item()
-    times = interleaved({"diffusers": run_stock, "ours": run_ours}, rounds=5)
+    providers, rounds = {"diffusers": run_stock, "ours": run_ours}, 5
+    with tqdm(total=len(providers) * (2 + rounds), desc="      diffusers and ours in turn", disable=None) as bar:
+
+        def shown(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def step() -> Tensor:
+                result = run()
+                bar.update()
+                return result
+
+            return step
+
+        watched = {name: shown(run) for name, run in providers.items()}
+        difference = (watched["ours"]() - watched["diffusers"]()).abs().max().item()
+        times = interleaved(watched, rounds=rounds)
     return {
         "max_abs_vs_diffusers": difference,
         "seconds_diffusers": times["diffusers"].median,
@@ -209,39 +224,36 @@ def _figures(folder: Path, metrics: dict[str, float]) -> dict[str, bytes]:
 
 
 def _sheet(folder: Path, rows: int = 8, found: int = 4) -> bytes:
-    """Eight held-out pictures, evenly spread; neighbours among all pictures, by mean-pooled centred cosine."""
+    """Eight held-out pictures, evenly spread; neighbours among the held-out ones, as in recall@1."""
     from safetensors.torch import load_file
 
     from blip3o_fast.data.dataset import EmbeddingDataset
 
-    everything = EmbeddingDataset(folder / "embeddings")
-    held_out = EmbeddingDataset(folder / "embeddings", split="eval")
+    train, held_out = EmbeddingDataset.splits(folder / "embeddings")
+    assert held_out is not None, "the samples are of the held-out split"
     generated = load_file(folder / "samples.safetensors")["generated"]
-    mean = everything.targets.mean((0, 1))
+    mean = train.targets.mean((0, 1))
 
     def pooled(tokens: Tensor) -> Tensor:
         return torch.nn.functional.normalize(tokens.mean(1) - mean, dim=-1)
 
-    gallery = pooled(everything.targets)
-    chosen = torch.linspace(0, len(generated) - 1, rows).long().tolist()
-    nearest_true = gallery[held_out.indices[chosen]] @ gallery.T
-    nearest_true[torch.arange(rows), held_out.indices[chosen]] = -2  # not the picture itself
-    nearest_generated = (pooled(generated[chosen]) @ gallery.T).topk(found).indices
-    keys = everything.keys
-    owns = held_out.indices[chosen].tolist()
-    neighbours = nearest_true.argmax(1).tolist()
-    pictures = _pictures(
-        folder / "tars", {keys[i] for i in [*owns, *neighbours, *nearest_generated.flatten().tolist()]}
-    )
+    gallery, found = pooled(held_out.targets), min(found, len(held_out))
+    owns = torch.linspace(0, len(generated) - 1, min(rows, len(generated))).long().tolist()
+    true_similarity = gallery @ gallery.T
+    true_similarity.fill_diagonal_(-2)  # a picture is not its own neighbour
+    neighbours = true_similarity[owns].argmax(1).tolist()
+    nearest = (pooled(generated[owns]) @ gallery.T).topk(found).indices.tolist()
+    keys, captions = held_out.keys, held_out.captions
+    pictures = _pictures(folder / "tars", set(keys))
     return plots.retrieval_sheet(
         [
             {
                 "condition": pictures[keys[own]],
-                "caption": everything.captions[own],
+                "caption": captions[own],
                 "neighbour": pictures[keys[neighbour]],
-                "generated": [(pictures[keys[i]], i == own) for i in nearest],
+                "generated": [(pictures[keys[i]], i == own) for i in row],
             }
-            for own, neighbour, nearest in zip(owns, neighbours, nearest_generated.tolist(), strict=True)
+            for own, neighbour, row in zip(owns, neighbours, nearest, strict=True)
         ]
     )
 
