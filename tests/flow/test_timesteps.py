@@ -29,7 +29,7 @@ def shifted_cdf(sigma: numpy.ndarray, shift: float) -> numpy.ndarray:
         ({"distribution": "shifted", "shift": 3.0}, lambda s: shifted_cdf(s, 3.0)),
         ({"distribution": "shifted", "shift": 0.5}, lambda s: shifted_cdf(s, 0.5)),
     ],
-    ids=str,
+    ids=["uniform", "logit_normal", "logit_normal_moved", "shifted_up", "shifted_down"],
 )
 def test_distributions(settings, cdf):
     sigma = draw_sigma(11, INDEX, **settings)
