@@ -14,7 +14,7 @@ import torch
 from .encoders import TOKENS, Encoder, encoder_info, load_encoder
 from .images import Skipped, Source, find_sources
 from .pipeline import Pipeline
-from .shards import Meta, ShardWriter, read_shards, shard_name
+from .shards import META, Meta, ShardWriter, read_meta, read_shards, shard_name
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMATS = ("shards", "pickle")
@@ -68,7 +68,7 @@ def extract(
         format: ``"pickle"`` writes the original project's single file beside the shards as well.
         limit: take at most this many pictures of each source.
         overwrite: drop what ``output_dir`` holds of other encoders or of sources that are not among the images
-            given; without it that is an error.
+            given (once the encoders that are needed have been loaded); without it that is an error.
         quiet: no progress bar; None: none where the output is not a terminal.
 
     Ctrl-C at any point leaves whole shards only; the same call continues. Damaged pictures are skipped and
@@ -81,35 +81,49 @@ def extract(
     sources = find_sources(images)
     given = ((condition_encoder, condition_revision), (target_encoder, target_revision))
     infos = [e.info if isinstance(e, Encoder) else encoder_info(e, revision=r) for e, r in given]
-    writer = ShardWriter(output_dir, Meta(infos[0], infos[1], TOKENS), overwrite=overwrite)
-    numbers = _numbers(writer, sources, overwrite)
-    missing, reused, skipped = [], 0, Skipped()
-    for source in sources:
-        name = shard_name(numbers[source.name])
-        header = writer.header(name)
-        if header is not None and _stamp(source, limit, dtype).items() <= header.items():
-            reused += len(writer.rows[name])
-            skipped.reasons.update(json.loads(header.get("skipped", "{}")))
-        else:
-            missing.append(source)
-    start, made = time.perf_counter(), 0
-    if missing:
+
+    def load() -> tuple[Encoder, Encoder]:
         condition, target = (
             e.to(place)
             if isinstance(e, Encoder)
             else load_encoder(e, device=place, revision=r, trust_remote_code=trust_remote_code)
             for e, r in given
         )
-        with Pipeline(
-            condition, target, DTYPES[dtype], batch_size=batch_size, workers=workers, quiet=quiet
-        ) as pipeline:
+        return condition, target
+
+    meta = Meta(infos[0], infos[1], TOKENS)
+    # Old features are dropped only once the encoders that replace them have been loaded: a hub out of reach or a
+    # missing flag must cost nothing.
+    other = overwrite and (Path(output_dir) / META).exists() and read_meta(output_dir) != meta
+    sides = load() if other else None
+    writer = ShardWriter(output_dir, meta, overwrite=overwrite)
+    numbers, foreign = _numbers(writer, sources, overwrite)
+    missing, reused, skipped = [], 0, Skipped()
+    for source in sources:
+        name = shard_name(numbers[source.name])
+        header = None if name in foreign else writer.header(name)
+        if header is not None and _stamp(source, limit, dtype).items() <= header.items():
+            reused += len(writer.rows[name])
+            skipped.update(Skipped(json.loads(header.get("skipped", "{}")), int(header.get("skipped_unnamed", "0"))))
+        else:
+            missing.append(source)
+    start, made = time.perf_counter(), 0
+    if missing and sides is None:
+        sides = load()
+    writer.drop(foreign)
+    if missing and sides is not None:
+        with Pipeline(*sides, DTYPES[dtype], batch_size=batch_size, workers=workers, quiet=quiet) as pipeline:
             for count, source in enumerate(missing, 1):
                 done = pipeline.run(source, limit=limit, title=f"{count} of {len(missing)}")
-                skipped.reasons.update(done.skipped.reasons)
+                skipped.update(done.skipped)
                 if not done.keys:
                     reasons = str(done.skipped) or "nothing was skipped"
                     raise ValueError(f"{source.path}: no picture of {source.name} could be read; {reasons}")
-                extra = {**_stamp(source, limit, dtype), "skipped": json.dumps(done.skipped.reasons)}
+                extra = {
+                    **_stamp(source, limit, dtype),
+                    "skipped": json.dumps(done.skipped.reasons),
+                    "skipped_unnamed": str(done.skipped.unnamed),
+                }
                 features = done.features()
                 writer.write(numbers[source.name], *features, done.keys, done.captions, source.name, extra)
                 made += len(done.keys)
@@ -124,8 +138,8 @@ def _stamp(source: Source, limit: int | None, dtype: str) -> dict[str, str]:
     return {"source": source.name, "fingerprint": source.fingerprint, "limit": str(limit), "dtype": dtype}
 
 
-def _numbers(writer: ShardWriter, sources: list[Source], overwrite: bool) -> dict[str, int]:
-    """The shard number of each source: the one that it has, else the next free one."""
+def _numbers(writer: ShardWriter, sources: list[Source], overwrite: bool) -> tuple[dict[str, int], list[str]]:
+    """The shard number of each source (the one that it has, else the next free one), and the shards to be dropped."""
     present = {rows[0].source: name for name, rows in writer.rows.items()}
     foreign = sorted(set(present) - {source.name for source in sources})
     if foreign and not overwrite:
@@ -134,13 +148,13 @@ def _numbers(writer: ShardWriter, sources: list[Source], overwrite: bool) -> dic
             f"{writer.folder}: holds features of {shown}, which are not among the images given; "
             "give them as well, choose another output folder, or overwrite"
         )
-    writer.drop([present.pop(name) for name in foreign])
+    dropped = [present.pop(name) for name in foreign]
     numbers = {
         source: int(name.removeprefix("shard_").removesuffix(".safetensors")) for source, name in present.items()
     }
     taken = set(numbers.values())
     free = (n for n in itertools.count() if n not in taken)
-    return {s.name: numbers[s.name] if s.name in numbers else next(free) for s in sources}
+    return {s.name: numbers[s.name] if s.name in numbers else next(free) for s in sources}, dropped
 
 
 def write_pickle(folder: str | os.PathLike[str], path: Path) -> None:

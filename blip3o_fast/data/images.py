@@ -25,6 +25,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PICTURE_BYTES = 64 << 20
 MAX_CAPTION_BYTES = 1 << 16
 MAX_MEMBERS = 2_000_000  # of one tar
+MAX_REASONS = 1000  # kept of what was skipped: a shard's header holds them
+MAX_NAME = 255  # characters of a name among them; a tar may call its members anything
 MAX_PIXELS = 64_000_000  # 200 MB of RGB; a small file can announce far more (a decompression bomb)
 
 
@@ -44,15 +46,26 @@ class Picture:
 
 @dataclass
 class Skipped:
-    """What was not read, and why."""
+    """What was not read, and why: the first `MAX_REASONS` by name, ``unnamed`` counts the others."""
 
     reasons: dict[str, str] = field(default_factory=dict)
+    unnamed: int = 0
 
     def add(self, name: str, reason: str) -> None:
-        self.reasons[name] = reason
+        name = name[:MAX_NAME]
+        if name in self.reasons or len(self.reasons) < MAX_REASONS:
+            self.reasons[name] = reason
+        else:
+            self.unnamed += 1
+
+    def update(self, other: Skipped) -> None:
+        """Add what ``other`` holds."""
+        for name, reason in other.reasons.items():
+            self.add(name, reason)
+        self.unnamed += other.unnamed
 
     def __len__(self) -> int:
-        return len(self.reasons)
+        return len(self.reasons) + self.unnamed
 
     def __str__(self) -> str:
         shown = [f"{name} ({reason})" for name, reason in list(self.reasons.items())[:5]]

@@ -1,6 +1,7 @@
 """Extraction: the features that the encoders give, once per picture, whatever interrupts it."""
 
 import io
+import json
 import os
 import pickle
 import signal
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.data import extract as module
+from blip3o_fast.data import images as images_module
 from blip3o_fast.data.encoders import Encoder
 from blip3o_fast.data.extract import PICKLE, extract
 from blip3o_fast.data.images import Picture, decode, find_sources, write_tars
@@ -155,6 +158,37 @@ def test_other_encoders_are_refused(tmp_path: Path, tars: Path, sides) -> None:
         run(tars, tmp_path / "out", other)
     assert run(tars, tmp_path / "out", other, overwrite=True).pictures == 11
     assert read_shards(tmp_path / "out").meta.condition.name == "other"
+
+
+def test_overwrite_drops_nothing_before_the_encoders_are_loaded(
+    tmp_path: Path, tars: Path, sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(name: str, **_: object) -> Encoder:
+        raise OSError(f"{name}: the hub cannot be reached")
+
+    monkeypatch.setattr(module, "encoder_info", lambda name, revision: EncoderInfo(name, 6 if name != "target" else 5))
+    monkeypatch.setattr(module, "load_encoder", unreachable)
+    run(tars / "00001.tar", tmp_path / "out", sides)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for images, name in ((tars, "other"), (tars / "00000.tar", "condition")):  # other encoders; other sources
+        with pytest.raises(OSError, match="cannot be reached"):
+            extract(images, tmp_path / "out", condition_encoder=name, target_encoder="target", overwrite=True)
+        assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert run(tars / "00000.tar", tmp_path / "out", sides, overwrite=True).pictures == 4
+    assert read_shards(tmp_path / "out").keys == ["k0", "k1", "k2", "k3"]
+
+
+def test_very_many_skipped_members_are_counted(tmp_path: Path, sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "MAX_REASONS", 3)
+    damaged = [Picture("d" * i, "", b"junk", ".png") for i in range(1, 6)]
+    write_tars(iter([*pictures(1), *damaged]), tmp_path / "tars", 6)
+    for _ in range(2):
+        result = run(tmp_path / "tars", tmp_path / "out", sides)
+        assert (len(result.skipped), len(result.skipped.reasons)) == (5, 3)
+    with safe_open(tmp_path / "out" / "shard_00000.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert len(json.loads(header["skipped"])) == 3 and header["skipped_unnamed"] == "2"
+    assert "5 skipped" in str(result) and str(result).endswith("; and 2 more")
 
 
 def test_damaged_pictures_are_skipped_and_named(tmp_path: Path, sides) -> None:
