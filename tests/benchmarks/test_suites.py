@@ -1,5 +1,6 @@
 """The command, on a small benchmark file of the test's own; and the real files with small sizes, without timing."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,8 +15,9 @@ from benchmarks import __main__ as command
 from benchmarks import model_block, rows
 from benchmarks.harness import Settings, measure
 from benchmarks.ops import rms_norm_modulate
-from benchmarks.work import Absent, Work
+from benchmarks.work import Absent, Inputs, Work
 from blip3o_fast.models import BLIP3oConfig
+from blip3o_fast.testing import relative_l2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,3 +185,24 @@ def test_model_block(monkeypatch):
     attention = 4 * 2 * config.num_tokens * config.hidden_size * (config.num_tokens + model_block.CONTEXT_TOKENS)
     expected = model_block.flops(config, 2)["forward"]
     assert counter.get_total_flops() in (expected, expected - attention)
+
+
+def test_model_blocks_gold_is_stocks_sequence_in_fp64(monkeypatch):
+    config = BLIP3oConfig.preset("tiny", num_layers=1)
+    block = model_block.make_block(config, torch.Generator().manual_seed(0))
+    shapes = ((2, config.num_tokens, config.hidden_size), (2, 64, config.context_dim), (2, config.conditioning_dim))
+    args = tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
+    wrt = {**dict(zip(model_block.GRADIENTS_BY_CONTRACT, args, strict=True)), **dict(block.named_parameters())}
+    given = Inputs(args, wrt, torch.randn(shapes[0]))
+    gold = model_block.exact(block, config, given, "cpu")
+    assert set(gold) == {"y", *(f"d{name}" for name in wrt)}
+    assert {value.dtype for value in gold.values()} == {torch.float64}
+    # our forward in fp64 agrees to fp64: nothing in the gold was rounded to fp32 on its way
+    ours = model_block.our_provider(copy.deepcopy(block).double(), config, "cpu")(*(arg.double() for arg in args))
+    assert relative_l2(ours, gold["y"]) <= 1e-12
+
+    def broken(*args):
+        raise AssertionError("the gold leans on what it judges")
+
+    monkeypatch.setattr(type(block), "forward", broken)
+    assert torch.equal(model_block.exact(block, config, given, "cpu")["y"], gold["y"])
