@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from blip3o_fast.training import checkpoints
@@ -26,6 +28,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop. Every rank must call this at the same steps.
+
+        A signal reaches the ranks at different steps, or only one of them; a rank that stopped alone would leave the
+        others waiting for its gradients.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            flag = torch.tensor(int(self.requested), dtype=torch.int32, device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.requested = bool(flag.item())
+        return self.requested
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -76,7 +90,7 @@ class StepCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = trainer.validation is not None
-        elif self.stop.requested:
+        elif self.stop.agreed(args.device):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
         return control

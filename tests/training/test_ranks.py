@@ -43,9 +43,32 @@ def test_two_ranks_draw_log_and_end_like_one(embeddings, tmp_path):
     assert [entry["step"] for entry in entries[1]] == [entry["step"] for entry in entries[0]]
     for one, two in zip(*entries, strict=True):
         # snr_db is a logarithm of a mean over the batch, so it is not the mean of its parts.
-        for name in set(one) - {"seconds", "snr_db"}:
+        for name in set(one) - {"seconds", "samples_per_second", "snr_db"}:
             assert abs(one[name] - two[name]) <= 1e-5 * abs(one[name]) + 1e-7, name
     first, second = (load_file(folder / "model.safetensors") for folder in (alone, together))
     assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-5
     assert json.loads((together / "run.json").read_text())["status"] == "finished"
     assert not torch.distributed.is_initialized()
+
+
+STOP = """
+import sys, torch
+from blip3o_fast.training.callbacks import StopRequest
+rank = int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+stop, seen = StopRequest(), []
+for step in range(3):
+    stop.requested = stop.requested or (rank == 1 and step == 1)  # a signal that only one rank gets
+    seen.append(stop.agreed(torch.device("cpu")))
+assert seen == [False, True, True] and stop.requested, seen
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    command = [sys.executable, "-c", STOP, str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True) for rank in "01"]
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
