@@ -85,7 +85,9 @@ def train(
     condition_dropout: Annotated[
         float, option("condition_dropout", FLOW, "Share of samples trained without their condition.")
     ] = 0.1,
-    subset_size: Annotated[int | None, option("subset_size", DATA, "Use only so many samples.")] = None,
+    subset_size: Annotated[
+        int | None, option("subset_size", DATA, "Train on so many samples; normalisation uses all.")
+    ] = None,
     eval_split: Annotated[float, option("eval_split", DATA, "Share of samples held out.")] = 0.1,
     normalize: Annotated[str, option("normalize", DATA, "none, standardize, l2 or pca:K (targets).")] = "none",
     normalize_embeddings: Annotated[

@@ -18,7 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_WARMUP = 1000
 
 # What may differ when a run is continued: nothing here changes the numbers that the run produces. Batch size and
-# accumulation are compared as their product, the effective batch.
+# accumulation are compared as a product with the number of processes, the effective batch; epochs and steps are told.
 FREE_ON_RESUME = frozenset(
     {
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
@@ -79,7 +79,7 @@ class TrainSettings:
     condition_dropout: float = 0.1
 
     # Data
-    subset_size: int | None = None
+    subset_size: int | None = None  # of the train split; the normalisation comes from all of it
     eval_split: float = 0.1
     normalize: str = "none"
     normalize_embeddings: bool = False  # the original's flag: the same as normalize="l2"

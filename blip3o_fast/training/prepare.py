@@ -1,9 +1,8 @@
-"""From settings to data, network and yardstick: everything before the first step, and what can be wrong with it."""
+"""From settings to data and network: what comes before the first step, and what can be wrong with it."""
 
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,20 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.flow.path import FlowPath
-from blip3o_fast.flow.yardstick import Yardstick, yardstick
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
 from blip3o_fast.training.arguments import TrainSettings
-from blip3o_fast.training.validation import MAX_PICTURES, evenly_spaced, levels
-
-# Pictures that the yardstick is computed from: seconds.
-YARDSTICK_PICTURES = 512
-# Its ridge, as a share of the condition's mean variance: tried in this order while the held-out loss falls.
-_RIDGES = (1.0, 0.1, 1e-3)
-# Half the width of the bucket around each evaluation level: the yardstick averages over buckets.
-_HALF_BUCKET = 1e-6
+from blip3o_fast.training.validation import MAX_PICTURES, evenly_spaced
 
 
 @dataclass
@@ -39,7 +29,7 @@ class Data:
     held_out_targets: Tensor  # [m, T, C]
     raw_conditions: Tensor  # of at most 256 held-out pictures, un-normalised
     raw_targets: Tensor
-    raw_mean: Tensor  # [C]: of the raw training targets
+    raw_mean: Tensor  # [C]: of the whole train split's raw targets
     normalizer: FeatureNormalizers
     checksum: int  # of some raw training pictures
 
@@ -82,7 +72,8 @@ def dtype_line(settings: TrainSettings, device: torch.device) -> str:
 
 def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None = None) -> Data:
     """Read and normalise both splits. With a ``normalizer`` (of ``init_from``, or of the checkpoint to be continued: a
-    fit on another number of threads differs in its last bits) that one is used, none is fitted.
+    fit on another number of threads differs in its last bits) that one is used, none is fitted. Otherwise, as in
+    `EmbeddingDataset`, statistics come from the whole train split, also where ``subset_size`` keeps a part of it.
     """
     from blip3o_fast.data.dataset import EmbeddingDataset
 
@@ -99,10 +90,10 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
         # Allowed (the stream wraps around), but hardly meant.
         print(f"note: {len(conditions)} training pictures are fewer than the effective batch of {effective}")
     if normalizer is None:
-        normalizer = FeatureNormalizers.fit(conditions, targets, settings.normalize)
+        normalizer = FeatureNormalizers.fit(train.conditions, train.targets, settings.normalize)
     some = evenly_spaced(len(held_targets), MAX_PICTURES)
     raw_conditions, raw_targets = held_conditions[some], held_targets[some]
-    raw_mean = targets.float().mean((0, 1))
+    raw_mean = train.targets.float().mean((0, 1))
     return Data(
         _normalised(normalizer.condition, conditions),
         _normalised(normalizer.target, targets),
@@ -228,63 +219,16 @@ def _flags_against(settings: TrainSettings, config: BLIP3oConfig, spec: str) -> 
     return lines + (["--preset: --init_from brings its network along; leave the flag out"] if settings.preset else [])
 
 
+def effective_batch(settings: TrainSettings, world_size: int) -> int:
+    """Samples per optimizer step over all processes."""
+    return settings.batch_size * settings.gradient_accumulation_steps * world_size
+
+
 def total_steps(settings: TrainSettings, pictures: int, world_size: int) -> int:
     """Optimizer steps of the run: as given, or the epochs in steps of full batches, rounded up."""
     if settings.max_steps is not None:
         return settings.max_steps
-    effective = settings.batch_size * settings.gradient_accumulation_steps * world_size
-    return max(1, math.ceil(settings.num_epochs * pictures / effective))
-
-
-def yardstick_for(settings: TrainSettings, data: Data, config: BLIP3oConfig) -> dict[str, Any]:
-    """The loss's yardstick, judged on held-out pictures where there are some.
-
-    Returns ``Yardstick.as_dict()`` with three more keys: ``linear_at_levels``, the best linear velocity's loss at each
-    evaluation level; ``training``, what the best linear prediction would reach as *training* loss (on the training
-    pictures, with dropped conditions among them), None for epsilon; ``seconds``.
-    """
-    begun = time.perf_counter()
-    some = evenly_spaced(len(data.conditions), YARDSTICK_PICTURES)
-    fitted = data.conditions[some], data.targets[some]
-    held_out = None
-    if len(data.held_out_conditions):
-        chosen = evenly_spaced(len(data.held_out_conditions), MAX_PICTURES)
-        held_out = data.held_out_conditions[chosen], data.held_out_targets[chosen]
-    edges = tuple(edge for level in levels() for edge in (level - _HALF_BUCKET, level + _HALF_BUCKET))
-
-    def judged_on(pictures: tuple[Tensor, Tensor] | None, ridge: float) -> Yardstick:
-        return yardstick(
-            *fitted,
-            path=FlowPath(config.schedule, config.sigma_min, config.sigma_max),
-            held_out=pictures,
-            ridge=ridge,
-            sigma_edges=edges,
-            distribution=settings.timestep_sampling,
-            logit_mean=settings.logit_mean,
-            logit_std=settings.logit_std,
-            shift=settings.timestep_shift,
-        )
-
-    if held_out is None:
-        lines = in_sample = judged_on(None, _RIDGES[1])
-    else:
-        # The tokens of a picture resemble each other, so there is much less data than there are tokens and a fit with
-        # too little ridge is a line that anything beats. The strongest line is the one to compare with.
-        lines = judged_on(held_out, _RIDGES[0])
-        for ridge in _RIDGES[1:]:
-            other = judged_on(held_out, ridge)
-            if other.linear_conditional.overall >= lines.linear_conditional.overall:
-                break
-            lines = other
-        in_sample = judged_on(None, lines.ridge)
-    out = lines.as_dict()
-    # Every second bucket is the tiny one around a level.
-    out["linear_at_levels"] = list(lines.linear_conditional.per_bucket[::2])
-    dropped = settings.condition_dropout
-    mixed = (1 - dropped) * in_sample.linear_conditional.overall + dropped * in_sample.linear_unconditional.overall
-    out["training"] = mixed if config.prediction_type == "v_prediction" else None
-    out["seconds"] = round(time.perf_counter() - begun, 2)
-    return out
+    return max(1, math.ceil(settings.num_epochs * pictures / effective_batch(settings, world_size)))
 
 
 def generation_quality(settings: TrainSettings, data: Data) -> Callable[[Any], dict[str, float]] | None:
@@ -324,7 +268,7 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
 
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    effective = settings.batch_size * settings.gradient_accumulation_steps * world
+    effective = effective_batch(settings, world)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     average = f"decay {settings.ema_decay:g}, fp32, {parameters * 4 / 2**20:.0f} MB" if settings.ema_decay else "off"
     target = data.normalizer.target

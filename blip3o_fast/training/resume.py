@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from blip3o_fast import env
 from blip3o_fast.models.normalizer import FILE_NAME, FeatureNormalizers
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.arguments import TrainSettings
-from blip3o_fast.training.prepare import Data
+from blip3o_fast.training.prepare import Data, effective_batch
 
 
 def say(text: str) -> None:
@@ -58,22 +59,33 @@ def stored_normalizer(resume: Path | None) -> FeatureNormalizers | None:
     return FeatureNormalizers.load(resume)
 
 
-def is_finished(settings: TrainSettings, resume: Path, run: dict[str, Any] | None) -> bool:
+def is_finished(settings: TrainSettings, resume: Path, run: dict[str, Any] | None, steps: int) -> bool:
+    """Whether nothing is left to do of ``steps``, the total that the present flags give."""
     if run is None or run.get("status") != "finished" or checkpoints.step_of(resume) < run.get("steps", 0):
         return False
-    return settings.max_steps is None or settings.max_steps <= run.get("steps", 0)
+    # A run that was begun with --max_steps is also finished where its folder alone is named.
+    epochs = run.get("settings", {}).get("num_epochs", settings.num_epochs)
+    asked = settings.max_steps is not None or settings.num_epochs != epochs
+    return not asked or steps <= run.get("steps", 0)
 
 
-def check_same_run(settings: TrainSettings, run: dict[str, Any] | None, data: Data, resume: Path | None) -> None:
-    """A continued run must go on as it began: refuse changed settings and other data, by name."""
+def check_same_run(
+    settings: TrainSettings, run: dict[str, Any] | None, data: Data, resume: Path | None, world_size: int
+) -> None:
+    """A continued run must go on as it began: refuse changed settings, another effective batch and other data."""
     if resume is None or run is None:
         return
     earlier = run.get("settings", {})
     changed = settings.differences(earlier)
-    now = settings.batch_size * settings.gradient_accumulation_steps
-    before = earlier.get("batch_size", 0) * earlier.get("gradient_accumulation_steps", 1)
+    # run.json of earlier versions does not say how many processes there were
+    sizes = (earlier.get("batch_size"), earlier.get("gradient_accumulation_steps"), run.get("world_size", world_size))
+    before, now = math.prod(size or 0 for size in sizes), effective_batch(settings, world_size)
     if before and before != now:
-        changed.append(f"--batch_size x --gradient_accumulation_steps: the run has {before}, now {now}")
+        mine = (settings.batch_size, settings.gradient_accumulation_steps, world_size)
+        changed.append(
+            f"--batch_size x --gradient_accumulation_steps x processes: the run has {' x '.join(map(str, sizes))} = "
+            f"{before}, now {' x '.join(map(str, mine))} = {now}; each may change, their product may not"
+        )
     described = data.describe()
     changed += [
         f"embeddings: {name} was {run['data'][name]!r}, now {described[name]!r}"
@@ -85,5 +97,9 @@ def check_same_run(settings: TrainSettings, run: dict[str, Any] | None, data: Da
             f"{resume} cannot be continued with other settings; give the run's own, or start a new --output_dir\n"
             + "\n".join(changed)
         )
-    if settings.max_steps is not None and run.get("steps") and settings.max_steps != run["steps"]:
-        say(f"note: the run was planned for {run['steps']} steps; the learning rate now follows {settings.max_steps}")
+
+
+def tell_other_length(run: dict[str, Any] | None, steps: int) -> None:
+    """Say so where --max_steps or --num_epochs gives a continued run another length: the schedule follows it."""
+    if run is not None and run.get("steps") and run["steps"] != steps:
+        say(f"note: the run was planned for {run['steps']} steps; the learning rate now follows {steps}")

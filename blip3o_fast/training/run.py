@@ -19,7 +19,15 @@ from blip3o_fast.models.checkpoints import read_config
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.training import checkpoints, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
-from blip3o_fast.training.resume import check_same_run, is_finished, resume_point, say, stored_normalizer
+from blip3o_fast.training.resume import (
+    check_same_run,
+    is_finished,
+    resume_point,
+    say,
+    stored_normalizer,
+    tell_other_length,
+)
+from blip3o_fast.training.yardstick_lines import yardstick_for
 
 if TYPE_CHECKING:
     from blip3o_fast.training.trainer import BLIP3oTrainer
@@ -44,14 +52,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from and not resume else None
     data = prepare.load_data(settings, normalizer=stored_normalizer(resume) or getattr(start, "normalizer", None))
-    check_same_run(settings, earlier, data, resume)
-    if resume and is_finished(settings, resume, earlier):
+    world = int(env.read("WORLD_SIZE") or "1")
+    check_same_run(settings, earlier, data, resume, world)
+    steps = prepare.total_steps(settings, len(data.conditions), world)
+    if resume and is_finished(settings, resume, earlier, steps):
         step = checkpoints.step_of(resume)
-        say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; more with a larger --max_steps")
+        more = "more with a larger --max_steps or --num_epochs"
+        say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; {more}")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
     model = prepare.model_for(settings, data, start, read_config(resume) if resume else None)
-    world = int(env.read("WORLD_SIZE") or "1")
-    steps = prepare.total_steps(settings, len(data.conditions), world)
+    if resume:
+        tell_other_length(earlier, steps)
     say(prepare.header(settings, data, model, device, steps, world))
     if warmup_steps(settings, steps) >= steps:
         say(f"warning: --warmup_steps {settings.warmup_steps} does not end within the {steps} steps of this run")
@@ -116,7 +127,7 @@ def _run(
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     output = Path(settings.output_dir)
-    lines = (earlier or {}).get("yardstick") or prepare.yardstick_for(settings, data, model.config)
+    lines = (earlier or {}).get("yardstick") or yardstick_for(settings, data, model.config)
     say(_yardstick_line(lines))
 
     from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
@@ -166,6 +177,8 @@ def _run(
         "format_version": 1,
         "status": "running",
         "steps": steps,
+        "world_size": args.world_size,
+        "effective_batch": prepare.effective_batch(settings, args.world_size),
         "settings": settings.to_dict(),
         "data": data.describe(),
         "yardstick": lines,

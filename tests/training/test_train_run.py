@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_fast.models.nextdit import BLIP3oDiT
-from blip3o_fast.training import checkpoints, prepare, run
+from blip3o_fast.training import checkpoints, prepare, resume, run
 from blip3o_fast.training.arguments import TrainSettings
 from blip3o_fast.training.run import train
+from blip3o_fast.training.yardstick_lines import yardstick_for
 
 SMALL = {
     "model_dim": 16, "num_layers": 1, "num_heads": 2, "multiple_of": 8, "batch_size": 4, "learning_rate": 1e-2,
@@ -75,7 +76,7 @@ def test_the_linear_line_is_the_strongest_of_its_ridges(settings):
     data.targets = data.targets + 3 * torch.randn(data.targets.shape)
     data.conditions, data.targets = data.conditions[:12], data.targets[:12]
     config = prepare.config_for(settings(), data)
-    lines = prepare.yardstick_for(settings(), data, config)
+    lines = yardstick_for(settings(), data, config)
     held_out = (data.held_out_conditions, data.held_out_targets)
     path = FlowPath("linear", config.sigma_min, config.sigma_max)
     losses = {
@@ -200,8 +201,31 @@ def test_continuing_with_other_settings_or_data_is_refused(finished, embeddings)
     message = str(error.value)
     assert "--learning_rate: the run has 0.01, now 0.5" in message
     assert "--normalize: the run has 'pca:4', now 'pca:3'" in message
-    assert "--batch_size x --gradient_accumulation_steps: the run has 4, now 8" in message
+    sizes = "--batch_size x --gradient_accumulation_steps x processes: the run has 4 x 1 x 1 = 4, now 8 x 1 x 1 = 8"
+    assert f"{sizes}; each may change, their product may not" in message
     assert "embeddings: train was 44, now 39" in message and "embeddings: checksum was" in message
+
+
+def test_another_number_of_processes_is_another_batch(finished, settings):
+    earlier = checkpoints.read_run(finished[0])
+    assert (earlier["world_size"], earlier["effective_batch"]) == (1, 4)
+    data, last = prepare.load_data(settings()), checkpoints.last_whole(finished[0])
+    with pytest.raises(ValueError, match="x processes: the run has 4 x 1 x 1 = 4, now 4 x 1 x 2 = 8"):
+        resume.check_same_run(settings(), earlier, data, last, 2)
+    resume.check_same_run(settings(batch_size=2), earlier, data, last, 2)  # the same samples in each step
+    resume.check_same_run(settings(), {**earlier, "world_size": 2}, data, last, 2)
+    del earlier["world_size"]
+    resume.check_same_run(settings(), earlier, data, last, 2)
+
+
+def test_other_epochs_are_told_and_continue_a_finished_run(settings, capsys):
+    epochs = {"max_steps": None, "save_steps": 11, "eval_steps": 100, "eval_generation_samples": 0}
+    train(settings(num_epochs=0.5, **epochs))
+    capsys.readouterr()
+    again = settings(num_epochs=0.5, resume_from_checkpoint="auto", **epochs)
+    assert train(again)["step"] == 6 and "note:" not in capsys.readouterr().out
+    assert train(settings(num_epochs=0.6, resume_from_checkpoint="auto", **epochs))["step"] == 7
+    assert "planned for 6 steps; the learning rate now follows 7" in capsys.readouterr().out
 
 
 def test_auto_starts_where_there_is_nothing_whole(settings, tmp_path, capsys):
@@ -262,6 +286,12 @@ def test_the_subset_is_that_of_the_dataset(settings, embeddings):
     expected = EmbeddingDataset(embeddings, split="train", subset=7)
     assert torch.equal(data.conditions, expected.conditions)
     assert len(data.held_out_conditions) == 4
+    # so are its statistics: of the whole train split
+    data = prepare.load_data(settings(subset_size=7, normalize="standardize"))
+    expected = EmbeddingDataset(embeddings, split="train", subset=7, normalize="standardize")
+    for name, value in expected.normalizer.target.statistics.items():
+        assert torch.equal(data.normalizer.target.statistics[name], value)
+    assert torch.allclose(data.targets, expected.targets) and torch.allclose(data.conditions, expected.conditions)
     with pytest.raises(ValueError, match=r"--subset_size 999: .* has only 44 training pictures"):
         prepare.load_data(settings(subset_size=999))
     assert len(prepare.load_data(settings(debug=True)).conditions) == 44
