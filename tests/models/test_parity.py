@@ -117,9 +117,7 @@ def test_equals_diffusers_everywhere(
     run_case(stock_pair, inputs, overrides, {"context": context, "masked": masked})
 
 
-@pytest.mark.parametrize(
-    "projection", [pytest.param(True, id="blip3o"), pytest.param(False, id="stock", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("projection", [True, False], ids=["blip3o", "stock"])
 def test_equals_diffusers_at_full_width(projection: bool, stock_pair: Any, inputs: Any, two_threads: None) -> None:
     config = BLIP3oConfig(num_layers=2, context_projection=projection)
     stock, ours = stock_pair(config)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -32,7 +31,6 @@ def launch(embeddings, output, processes, batch_size):
     return done.stdout
 
 
-@pytest.mark.slow
 def test_two_ranks_draw_log_and_end_like_one(embeddings, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     launch(embeddings, alone, 1, batch_size=4)
@@ -65,7 +63,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     command = [sys.executable, "-c", STOP, str(tmp_path / "store")]
     ranks = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True) for rank in "01"]
