@@ -51,7 +51,7 @@ def network_output(
     model: Any,
     x_t: Tensor,
     sigma: Tensor,
-    encoder_hidden_states: Tensor,
+    encoder_hidden_states: Any,
     encoder_mask: Tensor | None = None,
     *,
     time_convention: str = "blip3o",
@@ -59,6 +59,7 @@ def network_output(
 ) -> Tensor:
     """What the network says about x_t, before any sign or prediction type.
 
+    encoder_hidden_states: [B, L, E], or what the model itself prepared of it.
     sigma: fp32 or fp64, [B] or 0-d. The second half of a `learn_sigma` network's channels (a variance that flow
     matching does not use) is cut off.
     """

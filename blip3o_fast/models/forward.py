@@ -162,11 +162,13 @@ def block_forward(
     normed: Tensor | None = None,
     modulation: tuple[Tensor, ...] | None = None,
     following: Any = None,
+    key_value: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """One block: h [B, T, D], conditioning = silu(y) [B, A], context [B, L, E'].
 
     normed and modulation: this block's first norm and its modulation where the block before has made them.
     following: the next block, if its first norm is to be made here. Returns (h, its normed, its modulation).
+    key_value: `context_key_value(block, context)` where it was made before.
     """
     attn1, attn2, head_dim = block.attn1, block.attn2, block.head_dim
     if modulation is None:
@@ -192,7 +194,7 @@ def block_forward(
         eps=_qk_eps(attn1),
     )
     v1 = value.unflatten(-1, (kv_heads, head_dim))
-    k2, v2 = context_key_value(block, context)
+    k2, v2 = context_key_value(block, context) if key_value is None else key_value
     attended = ops.dual_attention(qkq, v1, k2, v2, block.gate, scale=grid.self_scale(head_dim), mask=grid.mask)
     out = attn2.to_out[0](attended)
 

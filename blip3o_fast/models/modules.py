@@ -114,11 +114,13 @@ class NextDiTBlock(nn.Module):
         normed: Tensor | None = None,
         modulation: tuple[Tensor, ...] | None = None,
         following: "NextDiTBlock | None" = None,
+        key_value: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """hidden_states [B, T, D], y [B, A], context [B, L, E'] -> [B, T, D].
 
         conditioning is silu(y). With `following` (the next block, where it lets its first norm be made here) the
-        result is (hidden_states, its normed, its modulation), to be handed to it.
+        result is (hidden_states, its normed, its modulation), to be handed to it. key_value: this block's
+        cross-attention keys and values, where they were made before (`PreparedCondition`).
         """
         if not fused.fusable(self):
             return fused.unfused_block(self, hidden_states, y, context, grid)
@@ -133,6 +135,7 @@ class NextDiTBlock(nn.Module):
             normed=normed,
             modulation=modulation,
             following=following,
+            key_value=key_value,
         )
         return result[0] if following is None else result
 

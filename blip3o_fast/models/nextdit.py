@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip3o_fast.models import checkpoints
 from blip3o_fast.models import forward as fused
+from blip3o_fast.models.condition import PreparedCondition, prepare
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.initialise import initialise
 from blip3o_fast.models.layout import lay_out
@@ -18,6 +19,12 @@ from blip3o_fast.models.memory import memory_bytes
 from blip3o_fast.models.modules import Head, NextDiTBlock, PatchEmbedder, TimeContextEmbedding, TwoLinear
 from blip3o_fast.models.patches import from_tokens, to_image, to_patches
 from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
+
+
+def _check_tensors(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 class BLIP3oDiT(
@@ -81,7 +88,7 @@ class BLIP3oDiT(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | PreparedCondition,
         encoder_mask: Tensor | None = None,
         *,
         base_sequence_length: int | None = None,
@@ -92,7 +99,7 @@ class BLIP3oDiT(
         hidden_states: x_t, [B, N, C] (tokens of the default grid, row by row) or [B, C, H, W] (any grid).
         timestep: [B] or 0-d, what the network is trained on, never scaled here: 1000 * sigma for the "blip3o" time
             convention, 1 - sigma for "lumina".
-        encoder_hidden_states: the context [B, L, E], L >= 1.
+        encoder_hidden_states: the context [B, L, E], L >= 1; or what `prepare_condition` made of it, with its mask.
         encoder_mask: bool [B, L], True = attend; None attends to all. A row that is all False means no context:
             cross-attention adds zero and the pooled context is zero (stock gives NaN).
         base_sequence_length: proportional attention: the self-attention's softmax scale is multiplied by
@@ -103,13 +110,24 @@ class BLIP3oDiT(
         Returns [B, N, out_channels] or [B, out_channels, H, W]. Raises ValueError where a shape or dtype does not fit.
         """
         config = self.config
-        given = {"hidden_states": hidden_states, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        for name, value in (given if encoder_mask is None else given | {"encoder_mask": encoder_mask}).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        _check_tensors(hidden_states=hidden_states, timestep=timestep)
         image, as_tokens = to_image(hidden_states, config)
         batch = image.shape[0]
-        self._check_inputs(image, timestep, encoder_hidden_states, encoder_mask)
+        self._check_time(image, timestep)
+        if isinstance(encoder_hidden_states, PreparedCondition):
+            made = encoder_hidden_states
+            if encoder_mask is not None:
+                raise ValueError("encoder_mask must be None with a prepared condition, which has its own")
+            if made.context.shape[0] != batch:
+                raise ValueError(
+                    f"encoder_hidden_states was prepared for {made.context.shape[0]} samples, hidden_states has {batch}"
+                )
+            context, pooled, mask, keys_values = made.context, made.pooled, made.mask, made.keys_values
+        else:
+            self._check_condition(batch, encoder_hidden_states, encoder_mask)
+            mask = None if encoder_mask is None else encoder_mask.bool()
+            context = fused.project_context(self, encoder_hidden_states)
+            pooled, keys_values = fused.pool_context(context, encoder_mask), None
         rows, columns = image.shape[2] // config.patch_size, image.shape[3] // config.patch_size
         if image_rotary_emb is None:
             rope = kept_rope_table(rows, columns, config.head_dim, image.device)
@@ -117,17 +135,34 @@ class BLIP3oDiT(
             rope = rope_from_complex(image_rotary_emb, rows, columns, image.device)
         if base_sequence_length is not None and base_sequence_length < 2:
             raise ValueError(f"base_sequence_length must be at least 2, got {base_sequence_length}")
-        mask = None if encoder_mask is None else encoder_mask.bool()
-        grid = fused.Grid(rope, mask, base_sequence_length)
 
         h = self.patch_embedder.proj(to_patches(image, config.patch_size))
-        context = fused.project_context(self, encoder_hidden_states)
-        y = fused.embed_condition(self, timestep.expand(batch), fused.pool_context(context, encoder_mask))
+        y = fused.embed_condition(self, timestep.expand(batch), pooled)
         conditioning = nn.functional.silu(y)
-        h = self._run_blocks(h, y, context, grid, conditioning)
+        grid = fused.Grid(rope, mask, base_sequence_length)
+        h = self._run_blocks(h, y, context, grid, conditioning, keys_values)
         return from_tokens(fused.head(self, h, conditioning), config, rows, columns, as_tokens=as_tokens)
 
-    def _run_blocks(self, h: Tensor, y: Tensor, context: Tensor, grid: fused.Grid, conditioning: Tensor) -> Tensor:
+    def prepare_condition(self, encoder_hidden_states: Tensor, encoder_mask: Tensor | None = None) -> PreparedCondition:
+        """Everything that depends on the condition alone, for many calls with the same one (a sampling run).
+
+        encoder_hidden_states [B, L, E] and encoder_mask as in `forward`, which takes the result in their place and
+        returns the same numbers. Raises ValueError where a shape or dtype does not fit.
+        """
+        _check_tensors(encoder_hidden_states=encoder_hidden_states)
+        batch = encoder_hidden_states.shape[0] if encoder_hidden_states.dim() else 0
+        self._check_condition(batch, encoder_hidden_states, encoder_mask)
+        return prepare(self, encoder_hidden_states, encoder_mask)
+
+    def _run_blocks(
+        self,
+        h: Tensor,
+        y: Tensor,
+        context: Tensor,
+        grid: fused.Grid,
+        conditioning: Tensor,
+        keys_values: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+    ) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             for layer in self.layers:
                 h = checkpoint(layer, h, y, context, grid, conditioning, use_reentrant=False, **self._checkpoint_kwargs)
@@ -135,39 +170,46 @@ class BLIP3oDiT(
         open_to_carry = [fused.carries(layer, NextDiTBlock) for layer in self.layers]
         normed = modulation = None
         for i, layer in enumerate(self.layers):
+            made = {} if keys_values is None else {"key_value": keys_values[i]}
             if i + 1 < len(open_to_carry) and open_to_carry[i] and open_to_carry[i + 1]:
                 h, normed, modulation = layer(
-                    h, y, context, grid, conditioning, normed, modulation, following=self.layers[i + 1]
+                    h, y, context, grid, conditioning, normed, modulation, following=self.layers[i + 1], **made
                 )
             else:
-                h = layer(h, y, context, grid, conditioning, normed, modulation)
+                h = layer(h, y, context, grid, conditioning, normed, modulation, **made)
                 normed = modulation = None
         return h
 
-    def _check_inputs(
-        self, image: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, encoder_mask: Tensor | None
-    ) -> None:
-        batch, width = image.shape[0], self.config.cross_attention_dim
-        shape = tuple(encoder_hidden_states.shape)
+    def _check_time(self, image: Tensor, timestep: Tensor) -> None:
+        batch = image.shape[0]
+        if timestep.dim() > 1 or (timestep.dim() == 1 and timestep.shape[0] not in (1, batch)):
+            raise ValueError(f"timestep must have shape (B,) = ({batch},) or (), got {tuple(timestep.shape)}")
+        self._check_dtype("hidden_states", image)
+
+    def _check_condition(self, batch: int, encoder_hidden_states: Tensor, encoder_mask: Tensor | None) -> None:
+        _check_tensors(encoder_hidden_states=encoder_hidden_states)
+        shape, width = tuple(encoder_hidden_states.shape), self.config.cross_attention_dim
         if len(shape) != 3 or shape[0] != batch or shape[1] < 1 or shape[2] != width:
             raise ValueError(
                 f"encoder_hidden_states must have shape (B, L, E) = ({batch}, L >= 1, {width}), got {shape}"
             )
-        if timestep.dim() > 1 or (timestep.dim() == 1 and timestep.shape[0] not in (1, batch)):
-            raise ValueError(f"timestep must have shape (B,) = ({batch},) or (), got {tuple(timestep.shape)}")
-        if encoder_mask is not None and tuple(encoder_mask.shape) != shape[:2]:
-            raise ValueError(f"encoder_mask must have shape (B, L) = {shape[:2]}, got {tuple(encoder_mask.shape)}")
-        device = image.device.type
+        if encoder_mask is not None:
+            _check_tensors(encoder_mask=encoder_mask)
+            if tuple(encoder_mask.shape) != shape[:2]:
+                raise ValueError(f"encoder_mask must have shape (B, L) = {shape[:2]}, got {tuple(encoder_mask.shape)}")
+        self._check_dtype("encoder_hidden_states", encoder_hidden_states)
+
+    def _check_dtype(self, name: str, given: Tensor) -> None:
+        """Said here because what torch says of two dtypes in a product names neither the argument nor the remedy."""
+        device = given.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return
-        # Said here because what torch says of two dtypes in a product names neither the argument nor the remedy.
         dtype = self.patch_embedder.proj.weight.dtype
-        for name, given in (("hidden_states", image), ("encoder_hidden_states", encoder_hidden_states)):
-            if dtype.is_floating_point and dtype.itemsize > 1 and given.dtype != dtype:
-                raise ValueError(
-                    f"{name} must have the weights' dtype {dtype}, got {given.dtype}: convert one of them, or run "
-                    "under torch.autocast"
-                )
+        if dtype.is_floating_point and dtype.itemsize > 1 and given.dtype != dtype:
+            raise ValueError(
+                f"{name} must have the weights' dtype {dtype}, got {given.dtype}: convert one of them, or run "
+                "under torch.autocast"
+            )
 
     # ---- activation checkpointing, by the names of transformers (old and new) and diffusers ------------------------
 

@@ -319,7 +319,7 @@ def test_state_is_wider_than_the_network(dtype, expected):
     model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
     wide = sample(model, condition, noise=noise, num_steps=5)
     seen = []
-    model.to(dtype).register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, args[2].dtype)))
+    model.to(dtype).register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, args[2].context.dtype)))
     ours = sample(model, condition.to(dtype), noise=noise, num_steps=5)
     assert ours.dtype == expected and set(seen) == {(dtype, dtype)}
     assert (ours - wide).norm() < (0.1 if dtype == torch.bfloat16 else 1e-4) * wide.norm()
