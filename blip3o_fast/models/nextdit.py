@@ -9,7 +9,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip3o_fast.models import checkpoints
+from blip3o_fast.models import checkpoints, inputs
 from blip3o_fast.models import forward as fused
 from blip3o_fast.models.condition import PreparedCondition, prepare
 from blip3o_fast.models.config import BLIP3oConfig
@@ -19,12 +19,6 @@ from blip3o_fast.models.memory import memory_bytes
 from blip3o_fast.models.modules import Head, NextDiTBlock, PatchEmbedder, TimeContextEmbedding, TwoLinear
 from blip3o_fast.models.patches import from_tokens, to_image, to_patches
 from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
-
-
-def _check_tensors(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 class BLIP3oDiT(
@@ -110,10 +104,10 @@ class BLIP3oDiT(
         Returns [B, N, out_channels] or [B, out_channels, H, W]. Raises ValueError where a shape or dtype does not fit.
         """
         config = self.config
-        _check_tensors(hidden_states=hidden_states, timestep=timestep)
+        inputs.check_tensors(hidden_states=hidden_states, timestep=timestep)
         image, as_tokens = to_image(hidden_states, config)
         batch = image.shape[0]
-        self._check_time(image, timestep)
+        inputs.check_time(self, image, timestep)
         if isinstance(encoder_hidden_states, PreparedCondition):
             made = encoder_hidden_states
             if encoder_mask is not None:
@@ -124,7 +118,7 @@ class BLIP3oDiT(
                 )
             context, pooled, mask, keys_values = made.context, made.pooled, made.mask, made.keys_values
         else:
-            self._check_condition(batch, encoder_hidden_states, encoder_mask)
+            inputs.check_condition(self, batch, encoder_hidden_states, encoder_mask)
             mask = None if encoder_mask is None else encoder_mask.bool()
             context = fused.project_context(self, encoder_hidden_states)
             pooled, keys_values = fused.pool_context(context, encoder_mask), None
@@ -149,9 +143,9 @@ class BLIP3oDiT(
         encoder_hidden_states [B, L, E] and encoder_mask as in `forward`, which takes the result in their place and
         returns the same numbers. Raises ValueError where a shape or dtype does not fit.
         """
-        _check_tensors(encoder_hidden_states=encoder_hidden_states)
+        inputs.check_tensors(encoder_hidden_states=encoder_hidden_states)
         batch = encoder_hidden_states.shape[0] if encoder_hidden_states.dim() else 0
-        self._check_condition(batch, encoder_hidden_states, encoder_mask)
+        inputs.check_condition(self, batch, encoder_hidden_states, encoder_mask)
         return prepare(self, encoder_hidden_states, encoder_mask)
 
     def _run_blocks(
@@ -179,37 +173,6 @@ class BLIP3oDiT(
                 h = layer(h, y, context, grid, conditioning, normed, modulation, **made)
                 normed = modulation = None
         return h
-
-    def _check_time(self, image: Tensor, timestep: Tensor) -> None:
-        batch = image.shape[0]
-        if timestep.dim() > 1 or (timestep.dim() == 1 and timestep.shape[0] not in (1, batch)):
-            raise ValueError(f"timestep must have shape (B,) = ({batch},) or (), got {tuple(timestep.shape)}")
-        self._check_dtype("hidden_states", image)
-
-    def _check_condition(self, batch: int, encoder_hidden_states: Tensor, encoder_mask: Tensor | None) -> None:
-        _check_tensors(encoder_hidden_states=encoder_hidden_states)
-        shape, width = tuple(encoder_hidden_states.shape), self.config.cross_attention_dim
-        if len(shape) != 3 or shape[0] != batch or shape[1] < 1 or shape[2] != width:
-            raise ValueError(
-                f"encoder_hidden_states must have shape (B, L, E) = ({batch}, L >= 1, {width}), got {shape}"
-            )
-        if encoder_mask is not None:
-            _check_tensors(encoder_mask=encoder_mask)
-            if tuple(encoder_mask.shape) != shape[:2]:
-                raise ValueError(f"encoder_mask must have shape (B, L) = {shape[:2]}, got {tuple(encoder_mask.shape)}")
-        self._check_dtype("encoder_hidden_states", encoder_hidden_states)
-
-    def _check_dtype(self, name: str, given: Tensor) -> None:
-        """Said here because what torch says of two dtypes in a product names neither the argument nor the remedy."""
-        device = given.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return
-        dtype = self.patch_embedder.proj.weight.dtype
-        if dtype.is_floating_point and dtype.itemsize > 1 and given.dtype != dtype:
-            raise ValueError(
-                f"{name} must have the weights' dtype {dtype}, got {given.dtype}: convert one of them, or run "
-                "under torch.autocast"
-            )
 
     # ---- activation checkpointing, by the names of transformers (old and new) and diffusers ------------------------
 
