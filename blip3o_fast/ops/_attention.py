@@ -89,13 +89,24 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dty
     if k.shape[1] != q.shape[1]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if k.shape[2] == 1:
+        # The softmax of one score is 1 whatever q and k are. PyTorch's fused backward leaves rounding where their
+        # gradients are zero; the backward of its softmax does not.
+        out = torch.softmax(q @ k.transpose(-1, -2) * scale, -1).to(v.dtype) @ v
+        return _without(out, None if mask is None else ~mask.any(-1))
     if mask is None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     # a sample that sees nothing is given everything, so that no kernel meets an empty softmax, and is set to zero after
     empty = ~mask.any(-1)
     visible = (mask | empty[:, None])[:, None, None]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    return out.transpose(1, 2).masked_fill(empty[:, None, None, None], 0)
+    return _without(out, empty)
+
+
+def _without(out: Tensor, empty: Tensor | None) -> Tensor:
+    """[B, H, T, d] to [B, T, H, d], zero for the samples (bool [B]) that see nothing."""
+    out = out.transpose(1, 2)
+    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0)
 
 
 def check_mask(mask: Tensor | None, x: Tensor, context: int, name: str) -> None:

@@ -143,11 +143,6 @@ def test_contract(implementation, shape, dtypes, masked):
     ours = run(dual_attention, args, dy, mask=mask, scale=0.2)
     for value, dtype in zip(ours.values(), (dtypes[0], *dtypes), strict=True):
         assert value.dtype == dtype
-    if implementation == "sdpa" and shape[2] == 1:
-        # One token of context: the gradient of its key is exactly zero, and what PyTorch leaves there is the rounding
-        # of its own output. Twice eager's is no measure of it: eager's happens to cancel, ours happens not to.
-        left = ours.pop("dk2")
-        assert left.abs().max() <= torch.finfo(dtypes[0]).eps * ours["dv2"].abs().max()
     check_contract(args, dy, ours, mask=mask, scale=0.2)
 
 
