@@ -38,7 +38,7 @@ if [ -e $unfinished ] || ! $venv/bin/python -m pip --version >/dev/null 2>&1; th
     if [ $gpu = yes ]; then
         size="about 3.5 GB to download, 9 GB on disk"
     else
-        size="about 650 MB to download, 2.5 GB on disk"
+        size="about 600 MB to download, 2.5 GB on disk"
     fi
     echo "setup: $("$python" --version) into $venv: $size, 3 to 10 minutes (nothing is put elsewhere)"
     "$python" -m venv --clear $venv
