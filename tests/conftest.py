@@ -1,10 +1,16 @@
-"""What every test gets: a seed of its own, and the backend it asks for."""
+"""What every test gets: a seed of its own, the backend it asks for, and Triton's interpreter where there is no GPU."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+
+# Triton reads this when it is imported, so it stands before every test module. With a GPU, kernels run for real.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +25,48 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """fp32 to the 16 bits of bfloat16 as hardware does it: to the nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+
+
+def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def mended_interpreter() -> Iterator[None]:
+    """Two things that Triton's interpreter gets wrong about bfloat16, put right for the tests (`tests/kernels`).
+
+    It cuts fp32 off where hardware rounds, and `tl.dot` multiplies the bit patterns of its operands.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float32 and target == tl.bfloat16:
+            return handle(round_to_bfloat16(src.data), target)
+        if source == tl.bfloat16 and target == tl.float32:
+            return handle(widen_bfloat16(src.data), target)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, d, *settings):
+        a, b = (handle(widen_bfloat16(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return dot(self, a, b, d, *settings)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(builder, "cast_impl", cast_impl)
+    patch.setattr(builder, "create_dot", create_dot)
+    yield
+    patch.undo()

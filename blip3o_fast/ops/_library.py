@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_fast.kernels import _launch
 from blip3o_fast.ops import _debug
 
 LIBRARY = torch.library.Library("blip3o_fast", "DEF")
@@ -27,6 +28,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
     schema: `name(Tensor x, ...) -> ...` with a last argument `str backend`, already chosen, where there is a choice.
     implementation: runs on real tensors of any device; fake: allocates outputs of the right shape and dtype.
+    While launches are recorded, meta tensors go through the implementation too: it allocates and records its launches.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -38,9 +40,14 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
             _debug.checked(name, implementation, args, result)
             return result
 
+    def shapes(*args: Any) -> Any:
+        if _launch.is_recording() and args[-1] == "triton":
+            return implementation(*args)
+        return fake(*args)
+
     for key in _DEVICE_KEYS:
         LIBRARY.impl(name, kernel, key)
-    torch.library.register_fake(f"blip3o_fast::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"blip3o_fast::{name}", shapes, lib=LIBRARY)
     return getattr(torch.ops.blip3o_fast, name).default
 
 

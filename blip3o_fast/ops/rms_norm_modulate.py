@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast import _ext
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -135,11 +135,30 @@ def _backward_cpu(
     return dx, dweight, dscale
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    y, rstd = _forward_fake(x, weight, scale, eps, dtype, "triton")
+    _triton.kernels("rms_norm_modulate").forward(x, weight, scale, eps, y, rstd)
+    return y, rstd
+
+
+def _backward_triton(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dscale = _backward_fake(dy, x, weight, scale, rstd, "triton")
+    _triton.kernels("rms_norm_modulate").backward(dy, x, weight, scale, rstd, dx, dweight, dscale)
+    return dx, dweight, dscale
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "cpu": _forward_cpu}
-_BACKWARD = {"reference": _backward_reference, "cpu": _backward_cpu}
-BACKENDS = Backends("rms_norm_modulate", cpu=_cpu_refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
+BACKENDS = Backends("rms_norm_modulate", triton=_triton.refusal, cpu=_cpu_refusal)
 
 
 def _forward(

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.normalization import LuminaRMSNormZero, RMSNorm
 from torch import Tensor
 
+from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import rms_norm_modulate, rms_norm_modulate_ref, use_backend
 from blip3o_fast.testing import (
     assert_compiles_once,
@@ -111,6 +112,16 @@ def test_cpu_kernel_is_launched(monkeypatch):
     assert calls == ["rms_norm_modulate_fwd", "rms_norm_modulate_bwd"]
 
 
+def test_triton_kernels_are_launched():
+    with use_backend("triton"), recording() as launches:
+        with_gradients(rms_norm_modulate, inputs((2, 3, 16)), torch.randn(2, 3, 16))
+    assert [launch.name for launch in launches] == [
+        "rms_norm_modulate_fwd",
+        "rms_norm_modulate_bwd",
+        "sample_sums_kernel",
+    ]
+
+
 def test_strided_inputs(backend):
     """Slices, every other row, transposed and expanded upstream gradients: read where they lie."""
     wide = torch.randn(2, 6, 100)
@@ -165,7 +176,10 @@ def test_every_combination_of_needed_gradients(scaled):
 
 def test_names_what_cannot_run():
     named = inputs((1, 2, 8), (torch.bfloat16,) * 3)
-    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run rms_norm_modulate"):
+    message = "backend 'triton' cannot run rms_norm_modulate: its triton kernel takes float32, bfloat16 and float16"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        rms_norm_modulate(**in_double(named))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
         rms_norm_modulate(**named)
     if OP._ext.C is not None:
         with use_backend("cpu"), pytest.raises(RuntimeError, match="its cpu kernel is float32 only"):
