@@ -2,7 +2,7 @@
 
 What is compiled is what a launch would compile: the same specialisation of the same arguments, through Triton's own
 binder, so the result in Triton's cache is the one that the launch on a GPU will find. Uses Triton's internals of 3.6
-and 3.7; needs a process without TRITON_INTERPRET.
+and 3.7. Compiling needs a process without TRITON_INTERPRET.
 """
 
 import functools
@@ -23,13 +23,13 @@ def _backend(capability: int) -> Any:
 
 
 @functools.cache
-def _binder(kernel: JITFunction, capability: int) -> Any:
+def _binder(kernel: Any, capability: int) -> Any:
+    if not isinstance(kernel, JITFunction):  # one for the interpreter: what it would be specialised for is known too
+        kernel = JITFunction(kernel.fn, **kernel.kwargs)
     return create_function_from_signature(kernel.signature, kernel.params, _backend(capability))
 
 
 def _bound(launch: Launch, capability: int) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
-    if not isinstance(launch.kernel, JITFunction):
-        raise RuntimeError(f"{launch.name} was loaded for the interpreter: unset TRITON_INTERPRET to compile kernels")
     return _binder(launch.kernel, capability)(*launch.args, **launch.constants, **launch.options)
 
 
@@ -50,6 +50,8 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     Its `metadata` has the shared memory, its `asm` the code of each stage ("ttgir", "ptx", "cubin").
     """
     kernel, backend = launch.kernel, _backend(capability)
+    if not isinstance(kernel, JITFunction):
+        raise RuntimeError(f"{launch.name} was loaded for the interpreter: unset TRITON_INTERPRET to compile kernels")
     arguments, specialised, options = _bound(launch, capability)
     # As the launch on a device does it, which adds these two.
     options |= {"debug": False, "instrumentation_mode": ""}

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 # What kernels are configured for where there is no device to ask: meta tensors and the interpreter.
 _DEFAULT_CAPABILITY = 90
 
 _recorders: list["list[Launch]"] = []
+_call_recorders: list["list[Call]"] = []
 _assumed: list[int] = []
 
 
@@ -40,6 +42,27 @@ class Launch:
         return self.kernel.fn.__module__.rsplit(".", 1)[-1]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a raw op and its launches. minimum_bytes: its inputs read once and its results written once."""
+
+    op: str
+    minimum_bytes: int
+    launches: tuple[Launch, ...]
+
+    @property
+    def moved_bytes(self) -> int:
+        """What the launches read and write, each tensor once per launch: scratch and what is read again included."""
+        return sum(bytes_of(launch.args) for launch in self.launches)
+
+
+def bytes_of(values: Any) -> int:
+    """Of the tensors in a (nested) sequence."""
+    if isinstance(values, Tensor):
+        return values.numel() * values.element_size()
+    return sum(map(bytes_of, values)) if isinstance(values, list | tuple) else 0
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constants: Any
 ) -> None:
@@ -47,16 +70,32 @@ def launch(
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    for recorder in _recorders:
-        recorder.append(Launch(kernel, grid, args, constants, options))
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    if device.type == "meta":
+    if _recorders:
+        launched = Launch(kernel, grid, tuple(map(_without_data, args)), constants, options)
+        for recorder in _recorders:
+            recorder.append(launched)
+    first = next(a for a in args if isinstance(a, Tensor))
+    if is_hollow(first):
         return
+    device = first.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no data: nothing can be launched on it, only recorded."""
+    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
+
+
+def _without_data(argument: Any) -> Any:
+    """Fake tensors as meta tensors, which have the (null) address that the specialisation asks for."""
+    if not isinstance(argument, FakeTensor):
+        return argument
+    with unset_fake_temporarily():
+        return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device="meta")
 
 
 @contextmanager
@@ -69,6 +108,28 @@ def recording() -> Iterator[list[Launch]]:
     finally:
         # By identity: equal lists (two empty ones, say) are not the same recorder.
         _recorders[:] = [r for r in _recorders if r is not launches]
+
+
+@contextmanager
+def recording_calls() -> Iterator[list[Call]]:
+    """Collects the calls of raw ops on tensors without data, each with its launches."""
+    calls: list[Call] = []
+    _call_recorders.append(calls)
+    try:
+        with recording():
+            yield calls
+    finally:
+        _call_recorders[:] = [r for r in _call_recorders if r is not calls]
+
+
+def recorded_call(op: str, implementation: Any, args: tuple[Any, ...]) -> Any:
+    """Run a raw op's implementation on tensors without data and note the call."""
+    with recording() as launches:
+        result = implementation(*args)
+    made = Call(op, bytes_of(args) + bytes_of(result), tuple(launches))
+    for recorder in _call_recorders:
+        recorder.append(made)
+    return result
 
 
 def is_recording() -> bool:

@@ -25,8 +25,9 @@ from blip3o_fast.kernels._tl import tanh
 
 SCALE, GATE, PLAIN, BARE = 0, 1, 2, 3
 
-# Tiles: 128 partial rows by 32 columns for dweight; 16 partial rows by 256 columns for dmod.
-WEIGHT_ROWS, WEIGHT_COLUMNS = 128, 32
+# Tiles: 64 partial rows by 32 columns for dweight (with 128 rows the gate's tanh spills), 16 by 256 for dmod. They are
+# added up element by element and their rows at the end: no barrier in the loop, and short chains of additions.
+WEIGHT_ROWS, WEIGHT_COLUMNS = 64, 32
 MOD_ROWS, MOD_COLUMNS = 16, 256
 NUM_WARPS = 8
 
@@ -45,7 +46,7 @@ def weight_sums(
 ):  # fmt: skip
     """dweight of COLUMNS columns. partial: [partial_rows, D], `chunks` neighbouring rows per sample."""
     cols = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros((COLUMNS,), tl.float32)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, partial_rows, ROWS):
         rows = first + tl.arange(0, ROWS)
         seen = (rows < partial_rows)[:, None] & (cols < D)[None, :]
@@ -57,8 +58,8 @@ def weight_sums(
                 p = p * (1.0 + mod)
             else:
                 p = p * tanh(mod)
-        acc += tl.sum(p, axis=0)
-    tl.store(dweight_ptr + cols, acc.to(dweight_ptr.dtype.element_ty), mask=cols < D)
+        acc += p
+    tl.store(dweight_ptr + cols, tl.sum(acc, axis=0).to(dweight_ptr.dtype.element_ty), mask=cols < D)
 
 
 @triton.jit
@@ -71,12 +72,12 @@ def mod_sums(
     sample = (block // column_blocks).to(tl.int64)
     cols = (block % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     seen = cols < D
-    acc = tl.zeros((COLUMNS,), tl.float32)
+    tile_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, chunks, ROWS):
         rows = first + tl.arange(0, ROWS)
         tile = (rows < chunks)[:, None] & seen[None, :]
-        p = tl.load(partial_ptr + (sample * chunks + rows)[:, None] * D + cols[None, :], mask=tile, other=0.0)
-        acc += tl.sum(p, axis=0)
+        tile_sum += tl.load(partial_ptr + (sample * chunks + rows)[:, None] * D + cols[None, :], mask=tile, other=0.0)
+    acc = tl.sum(tile_sum, axis=0)
     if KIND != 3:
         weight = tl.load(weight_ptr + cols, mask=seen, other=0.0).to(tl.float32)
         if KIND == 1:

@@ -24,7 +24,7 @@ def rms_norm_modulate_fwd(
 ):  # fmt: skip
     # 32-bit division, 64-bit offsets: a tensor may pass 2^31 elements, the number of its rows does not.
     program = tl.program_id(0)
-    sample, token = (program // tokens).to(tl.int64), program % tokens
+    sample, token = (program // tokens).to(tl.int64), (program % tokens).to(tl.int64)
     row = program.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     seen = cols < D
@@ -44,7 +44,7 @@ def rms_norm_modulate_bwd(
     D: tl.constexpr, SCALED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    sample, first = (program // chunks).to(tl.int64), (program % chunks) * rows
+    sample, first = (program // chunks).to(tl.int64), ((program % chunks) * rows).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     seen = cols < D
     factor = tl.load(weight_ptr + cols, mask=seen, other=0.0).to(tl.float32)

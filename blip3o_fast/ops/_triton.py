@@ -28,7 +28,7 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
     """None where Triton can run an op on these tensors, else the reason; integer and bool tensors may be any."""
     tensors = [x, *(t for t in others if t is not None)]
     device = x.device
-    recorded = device.type == "meta" and _launch.is_recording()
+    recorded = _launch.is_recording() and _launch.is_hollow(x)
     reason = None if recorded else why_not(device.type, device.index)
     if reason is not None:
         return reason
@@ -52,14 +52,9 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not(device_type: str, index: int | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "not available: Triton is not installed (a CUDA build of PyTorch brings it along)"
-    try:
-        import triton
-    except Exception as error:  # whatever breaks while a broken installation is imported is the reason
-        return f"not available: Triton cannot be imported ({type(error).__name__}: {error})"
-    if triton.knobs.runtime.interpret:
-        return None
+    reason = why_no_triton()
+    if reason is not None or _interpreted():
+        return reason
     if device_type != "cuda":
         return (
             f"it needs cuda tensors, got {device_type} (TRITON_INTERPRET=1 runs kernels on the CPU, in Python, slowly)"
@@ -70,6 +65,31 @@ def _why_not(device_type: str, index: int | None) -> str | None:
         needed, given = (".".join(map(str, c)) for c in (MINIMUM_CAPABILITY, capability))
         return f"not available: it needs compute capability {needed} or newer, {name} has {given}"
     return why_no_launcher()
+
+
+def why_no_triton() -> str | None:
+    """The reason why Triton cannot be imported, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "not available: Triton is not installed (a CUDA build of PyTorch brings it along)"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # whatever breaks while a broken installation is imported is the reason
+        return f"not available: Triton cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def why_no_compiler() -> str | None:
+    """The reason why kernels cannot be compiled ahead of time here, or None. Needs no GPU."""
+    reason = why_no_triton()
+    if reason is None and _interpreted():
+        return "TRITON_INTERPRET is set, so kernels are interpreted; unset it"
+    return reason
 
 
 # What Triton builds once per machine before it can launch anything: a C extension module of Python.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -78,11 +78,28 @@ def _backward_reference(
     return dy.to(y.dtype), dgate.to(gate.dtype), (p * t).sum(0).to(weight.dtype)
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    h, rstd = _forward_fake(x, y, gate, weight, eps, "triton")
+    _triton.kernels("gated_residual").forward(x, y, gate, weight, eps, h, rstd)
+    return h, rstd
+
+
+def _backward_triton(
+    dh: Tensor, y: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, dgate, dweight = _backward_fake(dh, y, gate, weight, rstd, "triton")
+    _triton.kernels("gated_residual").backward(dh, y, gate, weight, rstd, dy, dgate, dweight)
+    return dy, dgate, dweight
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("gated_residual")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("gated_residual", triton=_triton.refusal)
 
 
 def _forward(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:

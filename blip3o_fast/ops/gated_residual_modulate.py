@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -148,11 +148,29 @@ def _factor(weight: Tensor, scale: Tensor | None, acc: torch.dtype) -> Tensor:
     return weight.to(acc) if scale is None else weight.to(acc) * (1 + scale.to(acc))[:, None]
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call: tuple[Any, ...] = (*args, "triton")
+    outputs = _forward_fake(*call)
+    *inputs, _ = args  # the kernel reads n's dtype off n
+    _triton.kernels("gated_residual_modulate").forward(*inputs, *outputs)
+    return outputs
+
+
+def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call: tuple[Any, ...] = (*args, "triton")
+    gradients = _backward_fake(*call)
+    _triton.kernels("gated_residual_modulate").backward(*args, *gradients)
+    return gradients
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("gated_residual_modulate")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("gated_residual_modulate", triton=_triton.refusal)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -73,11 +73,26 @@ def _backward_reference(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd
     return dx.to(x.dtype), dscale.to(scale.dtype)
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _forward_fake(x, scale, eps, dtype, "triton")
+    _triton.kernels("layer_norm_modulate").forward(x, scale, eps, y, mean, rstd)
+    return y, mean, rstd
+
+
+def _backward_triton(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dscale = _backward_fake(dy, x, scale, mean, rstd, "triton")
+    _triton.kernels("layer_norm_modulate").backward(dy, x, scale, mean, rstd, dx, dscale)
+    return dx, dscale
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("layer_norm_modulate")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("layer_norm_modulate", triton=_triton.refusal)
 
 
 def _forward(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, Tensor]:

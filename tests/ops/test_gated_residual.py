@@ -8,6 +8,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 
+from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import gated_residual, gated_residual_ref, use_backend
 from blip3o_fast.testing import (
     assert_compiles_once,
@@ -78,6 +79,21 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: gated_residual(*a, eps=1e-3), args)
 
 
+@pytest.mark.parametrize(
+    "shape", [(80, 1, 48), (1, 70, 24), pytest.param((128, 17, 48), marks=pytest.mark.slow)], ids=str
+)
+def test_many_rows(backend, shape):
+    """More partial sums, in all and of one sample, than are added up at once; programs that own 16 rows, not 4."""
+    with use_backend(backend):
+        assert_op_contract(gated_residual, eager, gated_residual_ref, inputs(shape), torch.randn(shape))
+
+
+def test_triton_kernels_are_launched():
+    with use_backend("triton"), recording() as launches:
+        with_gradients(gated_residual, inputs((2, 3, 16)), torch.randn(2, 3, 16))
+    assert [launch.name for launch in launches] == ["gated_residual_fwd", "gated_residual_bwd", "sample_sums_kernel"]
+
+
 def test_a_closed_gate_leaves_the_residual(backend):
     named = inputs((2, 3, 32)) | {"gate": torch.zeros(2, 32)}
     with use_backend(backend):
@@ -101,7 +117,7 @@ def test_strided_inputs(backend, dtype):
 
 def test_deterministic(backend):
     with use_backend(backend):
-        assert_deterministic(gated_residual, inputs((3, 64, 96)), torch.randn(3, 64, 96))
+        assert_deterministic(gated_residual, inputs((3, 21, 96)), torch.randn(3, 21, 96))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 4, MIXED], ids=str)
@@ -152,8 +168,12 @@ def test_saves_neither_the_residual_nor_the_output():
 
 
 def test_names_what_cannot_run():
-    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run gated_residual"):
-        gated_residual(**inputs((1, 2, 8)))
+    named = inputs((1, 2, 8), (torch.bfloat16,) * 4)
+    message = "backend 'triton' cannot run gated_residual: its triton kernel takes float32, bfloat16 and float16"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        gated_residual(**in_double(named))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
+        gated_residual(**named)
 
 
 def test_second_derivatives_and_transforms_are_refused():

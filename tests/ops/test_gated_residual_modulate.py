@@ -9,6 +9,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiTBlock
 from torch import Tensor, nn
 
+from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import (
     gated_residual,
     gated_residual_modulate,
@@ -131,6 +132,27 @@ def test_contract(backend, shape, dtypes, scaled):
         assert_op_contract(gated_residual_modulate, eager, gated_residual_modulate_ref, named, *upstream)
 
 
+@pytest.mark.parametrize(
+    "shape", [(80, 1, 48), (1, 70, 24), pytest.param((128, 17, 48), marks=pytest.mark.slow)], ids=str
+)
+def test_many_rows(backend, shape):
+    """More partial sums, in all and of one sample, than are added up at once; programs that own 16 rows, not 4."""
+    upstream = torch.randn(2, *shape).unbind()
+    with use_backend(backend):
+        assert_op_contract(gated_residual_modulate, eager, gated_residual_modulate_ref, inputs(shape), *upstream)
+
+
+@SCALED
+def test_triton_kernels_are_launched(scaled):
+    with use_backend("triton"), recording() as launches:
+        with_gradients(gated_residual_modulate, inputs((2, 3, 16), scaled=scaled), *torch.randn(2, 2, 3, 16))
+    assert [launch.name for launch in launches] == [
+        "gated_residual_modulate_fwd",
+        "gated_residual_modulate_bwd",
+        "gated_residual_modulate_sums",
+    ]
+
+
 @pytest.mark.parametrize("dtypes", [*[(d,) * 6 for d in DTYPES], MIXED], ids=str)
 def test_equals_the_two_ops(backend, dtypes):
     """The outputs bit for bit: n is the norm of the rounded h, and h has the bits of gated_residual."""
@@ -145,13 +167,13 @@ def test_equals_the_two_ops(backend, dtypes):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_rounds_once(backend, dtype):
     """Against the same raw op in fp64 from the same saved h: the sum of h's two gradients is not rounded on the way."""
-    named = inputs((4, 64, 96), (dtype,) * 6)
+    named = inputs((2, 64, 96), (dtype,) * 6)
     forward, backward = OP._gated_residual_modulate_fwd, OP._gated_residual_modulate_bwd
     h, n, rstd_y, rstd_h = forward(*named.values(), 1e-5, dtype, backend)
     exact_h, _, _, _ = forward(*in_double(named).values(), 1e-5, torch.float64, "reference")
     assert_rounded_once(h, exact_h, "h")
     assert_rounded_once(n, rms_norm_modulate(h.double(), *list(in_double(named).values())[4:]), "n")
-    dh, dn = torch.randn(2, 4, 64, 96).to(dtype)
+    dh, dn = torch.randn(2, 2, 64, 96).to(dtype)
     saved = [dh, dn, named["y"], h, *list(named.values())[2:]]
     names = ("dx", "dy", "dgate", "dweight", "dnext_weight", "dnext_scale")
     ours = backward(*saved, rstd_y, rstd_h, backend)
@@ -212,7 +234,7 @@ def test_strided_inputs(backend, dtype):
 
 def test_deterministic(backend):
     with use_backend(backend):
-        assert_deterministic(gated_residual_modulate, inputs((3, 64, 96)), *torch.randn(2, 3, 64, 96))
+        assert_deterministic(gated_residual_modulate, inputs((3, 21, 96)), *torch.randn(2, 3, 21, 96))
 
 
 @SCALED
@@ -277,11 +299,14 @@ def test_does_not_save_the_residual():
 
 
 def test_names_what_cannot_run():
-    with (
-        use_backend("triton"),
-        pytest.raises(RuntimeError, match="backend 'triton' cannot run gated_residual_modulate"),
-    ):
-        gated_residual_modulate(**inputs((1, 2, 8)))
+    named = inputs((1, 2, 8), (torch.bfloat16,) * 6)
+    message = (
+        "backend 'triton' cannot run gated_residual_modulate: its triton kernel takes float32, bfloat16 and float16"
+    )
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        gated_residual_modulate(**in_double(named))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
+        gated_residual_modulate(**named)
 
 
 def test_second_derivatives_and_transforms_are_refused():
