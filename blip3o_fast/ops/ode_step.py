@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -87,11 +87,30 @@ def _backward_reference(
     return (w * step).to(cond_dtype), ((1 - w) * step).to(uncond_dtype)
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: Tensor | None, dsigma: Tensor
+) -> Tensor:
+    y = _forward_fake(x, v_cond, v_uncond, guidance, dsigma, "triton")
+    _triton.kernels("ode_step").forward(x, v_cond, v_uncond, guidance, dsigma, y)
+    return y
+
+
+def _backward_triton(
+    dy: Tensor, guidance: Tensor | None, dsigma: Tensor, cond_dtype: torch.dtype, uncond_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dv_cond, dv_uncond = _backward_fake(dy, guidance, dsigma, cond_dtype, uncond_dtype, "triton")
+    _triton.kernels("ode_step").backward(dy, guidance, dsigma, dv_cond, dv_uncond)
+    return dv_cond, dv_uncond
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("ode_step")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("ode_step", triton=_triton.refusal)
 
 
 def _forward(

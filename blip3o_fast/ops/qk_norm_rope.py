@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _norm_rope_reference as reference
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -105,29 +106,10 @@ def _check(
     _checks.check_eps(eps)
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
+# ---- triton --------------------------------------------------------------------------------------------------------
 
 
-# On a CPU samples are taken in chunks of about this many numbers per group: what one pass writes is still in the cache
-# when the next reads it (forward and backward of 32 samples, 64 tokens, 3 x 28 heads of 64, fp32, one core: 63 ms, in
-# one piece 145).
-_CHUNK = 1 << 19
-
-
-def _chunks(x: Tensor) -> list[slice]:
-    batch, tokens, columns = x.shape
-    step = max(1, _CHUNK // max(1, tokens * columns)) if x.device.type == "cpu" else max(1, batch)
-    return [slice(start, start + step) for start in range(0, batch, step)]
-
-
-def _pairs(z: Tensor, acc: torch.dtype) -> Tensor:
-    """[.., h, d] -> complex [.., h, d/2]: as numbers a + ib, one product turns every pair in a single pass."""
-    z = z.to(acc)
-    even = z.stride(-1) == 1 and not any(s % 2 for s in (*z.stride()[:-1], z.storage_offset()))
-    return torch.view_as_complex((z if even else z.contiguous()).unflatten(-1, (-1, 2)))
-
-
-def _forward_reference(
+def _forward_triton(
     x: Tensor,
     weights: list[Tensor | None],
     biases: list[Tensor | None],
@@ -137,32 +119,12 @@ def _forward_reference(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulation_dtype(x)
-    y = x.new_empty((*x.shape[:2], sum(heads), head_dim), dtype=dtype)
-    mean = x.new_zeros((*x.shape[:2], len(heads)), dtype=acc)
-    rstd = torch.ones_like(mean)
-    rotation, first = None if rope is None else _pairs(rope.flatten(1), acc)[:, None], 0
-    for i, (weight, bias, h) in enumerate(zip(weights, biases, heads, strict=True)):
-        group, size = slice(first, first + h), [h * head_dim]
-        weight, bias = None if weight is None else weight.to(acc), None if bias is None else bias.to(acc)
-        for rows in _chunks(x[..., : h * head_dim]):
-            z = x[rows, :, first * head_dim : (first + h) * head_dim].to(acc)
-            if weight is not None:
-                z, mean[rows, :, i : i + 1], rstd[rows, :, i : i + 1] = torch.native_layer_norm(
-                    z, size, weight, bias, eps
-                )
-            z, target = z.unflatten(-1, (h, head_dim)), y[rows, :, group]
-            if rotation is None:
-                target.copy_(z)
-            elif dtype == acc:
-                torch.mul(_pairs(z, acc), rotation, out=_pairs(target, acc))
-            else:
-                target.copy_(torch.view_as_real(_pairs(z, acc) * rotation).flatten(-2))
-        first += h
+    y, mean, rstd = _forward_fake(x, weights, biases, rope, heads, head_dim, eps, dtype, "triton")
+    _triton.kernels("qk_norm_rope").forward(x, weights, biases, rope, heads, head_dim, eps, y, mean, rstd)
     return y, mean, rstd
 
 
-def _backward_reference(
+def _backward_triton(
     dy: Tensor,
     x: Tensor,
     weights: list[Tensor | None],
@@ -171,46 +133,25 @@ def _backward_reference(
     rstd: Tensor,
     heads: list[int],
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = rstd.dtype
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight, dbias = x.new_zeros(x.shape[-1], dtype=acc), x.new_zeros(x.shape[-1], dtype=acc)
-    # the opposite turn is the product with the conjugate
-    back, first = None if rope is None else _pairs(rope.flatten(1), acc)[:, None].conj().resolve_conj(), 0
-    for i, (weight, h) in enumerate(zip(weights, heads, strict=True)):
-        columns = slice(first * head_dim, (first + h) * head_dim)
-        weight = None if weight is None else weight.to(acc)
-        for rows in _chunks(x[..., columns]):
-            dz = dy[rows, :, first : first + h].to(acc)
-            if back is not None:
-                dz = torch.view_as_real(_pairs(dz, acc) * back).flatten(-2)
-            dz = dz.flatten(2)
-            if weight is not None:
-                # contiguous: torch's CPU kernel walks the statistics as if they had no stride
-                xhat = (x[rows, :, columns].to(acc) - mean[rows, :, i, None]).mul_(rstd[rows, :, i, None])
-                product = dz * xhat
-                dweight[columns] += product.sum((0, 1))
-                dbias[columns] += dz.sum((0, 1))
-                # sum(g) and sum(g * xhat) as matrix times weight: g itself is never stored
-                mean_g, along = ((t @ weight).div_(t.shape[-1])[..., None] for t in (dz, product))
-                dz = (dz * weight).sub_(mean_g).sub_(xhat.mul_(along)).mul_(rstd[rows, :, i, None])
-            dx[rows, :, columns] = dz
-        first += h
-    return dx, dweight, dbias
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    dx, daffine = _backward_fake(dy, x, weights, rope, mean, rstd, heads, head_dim, dtype, "triton")
+    _triton.kernels("qk_norm_rope").backward(dy, x, weights, rope, mean, rstd, heads, head_dim, dx, daffine)
+    return dx, daffine
 
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("qk_norm_rope")
+_FORWARD = {"reference": reference.forward, "triton": _forward_triton}
+_BACKWARD = {"reference": reference.backward, "triton": _backward_triton}
+BACKENDS = Backends("qk_norm_rope", triton=_triton.refusal)
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _FORWARD[args[-1]](x, *args[:-1])
 
 
-def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _BACKWARD[args[-1]](dy, *args[:-1])
 
 
@@ -237,10 +178,13 @@ def _backward_fake(
     rope: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dweight = x.new_empty(x.shape[-1], dtype=rstd.dtype)
-    return x.new_empty(x.shape), dweight, torch.empty_like(dweight)
+    heads: list[int],
+    head_dim: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    columns = x.shape[-1] if any(weight is not None for weight in weights) else 0
+    return x.new_empty(x.shape), x.new_empty((2, columns), dtype=dtype)
 
 
 _qk_norm_rope_fwd = define(
@@ -249,10 +193,11 @@ _qk_norm_rope_fwd = define(
     _forward,
     _forward_fake,
 )
-# dweight and dbias cover every column of x in the accumulation dtype; groups without a norm have zeros there
+# daffine [2, sum(heads)*head_dim], of `dtype`: dweight and dbias of every column of x, zeros for groups without a norm;
+# [2, 0] where no group has one. One tensor, so that one pass sums both and a split hands every group its own.
 _qk_norm_rope_bwd = define(
     "qk_norm_rope_bwd(Tensor dy, Tensor x, Tensor?[] weights, Tensor? rope, Tensor mean, Tensor rstd, int[] heads,"
-    " int head_dim, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    " int head_dim, ScalarType dtype, str backend) -> (Tensor dx, Tensor daffine)",
     _backward,
     _backward_fake,
 )
@@ -285,11 +230,22 @@ class _QkNormRope(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("qk_norm_rope")
         x, rope, mean, rstd, *weights = ctx.saved_tensors
-        dx, dweight, dbias = _qk_norm_rope_bwd(dy, x, weights, rope, mean, rstd, ctx.heads, ctx.head_dim, ctx.backend)
-        sizes = [h * ctx.head_dim for h in ctx.heads]
-        grads = (*dweight.split(sizes), *dbias.split(sizes))
-        affine = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        # The parameters' own dtype, and no cast is left to do; in the accumulation dtype only where they differ.
+        given = {dtype for dtype in ctx.dtypes if dtype is not None}
+        dtype = next(iter(given)) if len(given) == 1 else rstd.dtype
+        dx, daffine = _qk_norm_rope_bwd(dy, x, weights, rope, mean, rstd, ctx.heads, ctx.head_dim, dtype, ctx.backend)
+        affine: list[Tensor | None] = [None] * len(ctx.dtypes)
+        if given:
+            grads = daffine.view(-1).split([h * ctx.head_dim for h in ctx.heads] * 2)
+            affine = [_cast(grad, own) for grad, own in zip(grads, ctx.dtypes, strict=True)]
         return dx, None, None, None, None, None, None, *affine
+
+
+def _cast(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """The gradient of one weight or bias; None for a group without a norm, which has none."""
+    if dtype is None:
+        return None
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 def qk_norm_rope(

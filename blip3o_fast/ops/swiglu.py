@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -67,11 +67,26 @@ def _backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
     return dgate_up.to(gate_up.dtype)
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
+    y = _forward_fake(gate_up, dtype, "triton")
+    _triton.kernels("swiglu").forward(gate_up, y)
+    return y
+
+
+def _backward_triton(dy: Tensor, gate_up: Tensor) -> Tensor:
+    dgate_up = _backward_fake(dy, gate_up, "triton")
+    _triton.kernels("swiglu").backward(dy, gate_up, dgate_up)
+    return dgate_up
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("swiglu")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("swiglu", triton=_triton.refusal)
 
 
 def _forward(gate_up: Tensor, dtype: torch.dtype, backend: str) -> Tensor:

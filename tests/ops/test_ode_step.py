@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import ode_step, ode_step_ref, use_backend
 from blip3o_fast.testing import assert_contract
 
@@ -16,7 +17,8 @@ OP = importlib.import_module("blip3o_fast.ops.ode_step")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # of x, v_cond, v_uncond
 DTYPES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, BF16), (BF16, F32, F16)]
-SHAPES = [(2, 64, 48), (3, 5, 7), (1, 1, 1), (0, 4, 8), (2, 3, 4, 4), (5,)]
+# 2100 elements end in the middle of a kernel's block, and of its units of 4
+SHAPES = [(2, 64, 48), (3, 5, 7), (1, 1, 1), (0, 4, 8), (2, 3, 4, 4), (5,), (3, 700), (1, 64, 28)]
 NAMES = ("x", "v_cond", "v_uncond")
 W, H = torch.tensor(3.0), torch.tensor(-1 / 30)
 
@@ -73,6 +75,26 @@ def test_contract(backend, shape, dtypes, guided):
     for name, value in zip(NAMES, args, strict=True):
         assert value is None or ours[f"d{name}"].dtype == value.dtype
     assert ours["y"].dtype == dtypes[0]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_triton_kernels_are_launched(guided):
+    with use_backend("triton"), recording() as launches:
+        run(ode_step, inputs((2, 3, 8), guided=guided), torch.randn(2, 3, 8))
+    assert [launch.name for launch in launches] == ["ode_step_fwd", "ode_step_bwd"]
+
+
+def test_triton_reads_the_settings_from_memory():
+    """What a CUDA graph replays: the same launch after guidance and dsigma were written anew."""
+    args, guidance, dsigma = inputs((2, 3, 8)), W.clone(), H.clone()
+    with use_backend("triton"), recording() as launches:
+        ode_step(*args, guidance, dsigma)
+        (launch,) = launches
+        y = launch.args[5]
+        guidance.fill_(1.5)
+        dsigma.fill_(-0.25)
+        launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)
+    torch.testing.assert_close(y, ode_step_ref(*args, torch.tensor(1.5), torch.tensor(-0.25)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -185,8 +207,12 @@ def test_second_derivatives_and_transforms_are_refused():
 
 
 def test_names_what_cannot_run():
-    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run ode_step"):
-        ode_step(*inputs((1, 2, 8)), W, H)
+    args = inputs((1, 2, 8))
+    message = "backend 'triton' cannot run ode_step: its triton kernel takes float32, bfloat16 and float16"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        ode_step(*(a.double() for a in args), W, H)
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
+        ode_step(*args, W, H)
 
 
 Z = torch.zeros

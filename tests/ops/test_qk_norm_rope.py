@@ -10,21 +10,23 @@ from diffusers.models.attention_processor import Attention, LuminaAttnProcessor2
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import qk_norm_rope, qk_norm_rope_ref, rope_table, use_backend
-from blip3o_fast.testing import assert_contract
+from blip3o_fast.testing import assert_contract, assert_rounded_once
 
 OP = importlib.import_module("blip3o_fast.ops.qk_norm_rope")  # the module: the package's name is the function
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # as autocast makes them: half-precision projection, fp32 norm parameters
 MIXED = (torch.bfloat16, torch.float32, torch.float32)
-# B, (height, width), heads, head_dim
+# B, (height, width), heads, head_dim; few tokens, for the interpreter takes each group of each of them in turn
 SHAPES = [
-    (2, (8, 8), (28, 28, 28), 64),
-    (3, (3, 5), (3, 1, 3), 72),
+    (3, (1, 1), (3, 1, 3), 72),
     (1, (1, 1), (5,), 4),
-    (2, (2, 3), (4, 2, 4), 20),
+    (3, (1, 2), (4, 2, 4), 20),
 ]
+MANY_TOKENS = [(2, (8, 8), (28, 28, 28), 64), (3, (3, 5), (3, 1, 3), 72)]
 
 
 class Case:
@@ -120,26 +122,108 @@ def test_is_what_diffusers_processor_gives_to_attention(monkeypatch):
     torch.testing.assert_close(k.repeat_interleave(2, 2).transpose(1, 2), seen[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normed", [(True,), (False, True)])
-@pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_contract(backend, shape, dtypes, normed):
-    case = Case(shape, dtypes, normed)
+def check_contract(case, backend):
     with use_backend(backend):
         ours = case.run(qk_norm_rope)
     stock, gold = case.run(eager), case.double().run(qk_norm_rope_ref)
     for name, value in ours.items():
         assert_contract(value, stock[name], gold[name], f"{name} on {backend}")
-        assert value.dtype == dtypes[("y", "dx", "dweight", "dbias").index(name.rstrip("012")) // 2]
     assert ours["y"].is_contiguous()
+    assert ours["y"].dtype == ours["dx"].dtype == case.x.dtype
+    for name, group in (("dweight", case.weights), ("dbias", case.biases)):
+        assert all(t is None or ours[f"{name}{i}"].dtype == t.dtype for i, t in enumerate(group))
 
 
-def test_no_samples(backend):
-    """An empty batch, which stock cannot reshape: empty results, and zeros for what sums over samples."""
+@pytest.mark.parametrize("normed", [(True,), (False, True)])
+@pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contract(backend, shape, dtypes, normed):
+    check_contract(Case(shape, dtypes, normed), backend)
+
+
+@pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
+def test_contract_at_full_width(backend, dtypes):
+    check_contract(Case((1, (1, 1), (28, 1), 64), dtypes), backend)
+
+
+@pytest.mark.parametrize("normed", [(True,), (False, True)])
+@pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
+@pytest.mark.parametrize("shape", MANY_TOKENS, ids=str)
+@pytest.mark.parametrize("on", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
+def test_contract_of_many_tokens(on, shape, dtypes, normed):
+    check_contract(Case(shape, dtypes, normed), on)
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_contract_without_norms(backend, rotated):
+    check_contract(Case((2, (1, 2), (2, 1), 8), normed=(False,), rotated=rotated), backend)
+
+
+def test_any_number_of_groups(backend):
+    """More than one launch of the kernels holds, of unlike sizes, not all with a norm."""
+    check_contract(Case((2, (1, 2), (2, 5, 1, 3, 1, 1, 2), 8), normed=(True, False, True, True)), backend)
+
+
+def test_parameters_of_unlike_dtypes(backend):
+    """Stock refuses them: it gets the same numbers in fp32, and its gradients are rounded to the parameters' dtypes."""
+    case = Case((2, (1, 2), (2, 1, 2), 8))
+    case.weights[1], case.biases[2] = case.weights[1].bfloat16(), case.biases[2].half()
     with use_backend(backend):
-        ours = Case((0, (8, 8), (2, 1, 2), 8)).run(qk_norm_rope)
-    assert ours["y"].shape == (0, 64, 5, 8)
-    assert ours["dx"].shape == (0, 64, 40)
+        ours = case.run(qk_norm_rope)
+    gold = case.double().run(qk_norm_rope_ref)
+    case.weights, case.biases = ([t.float() for t in g] for g in (case.weights, case.biases))
+    stock = case.run(eager)
+    for name, value in ours.items():
+        assert value.dtype == {"dweight1": torch.bfloat16, "dbias2": torch.float16}.get(name, torch.float32)
+        assert_contract(value, stock[name].to(value.dtype), gold[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounds_once(backend, dtype):
+    case = Case((3, (1, 3), (3, 2), 16), (dtype,) * 3)
+    with use_backend(backend):
+        ours = case.run(qk_norm_rope)
+    gold = case.double().run(qk_norm_rope_ref)
+    for name, value in ours.items():
+        assert_rounded_once(value, gold[name], name)
+
+
+@pytest.mark.parametrize("normed", [(True,), (False,)])
+def test_triton_kernels_are_launched(normed):
+    with use_backend("triton"), recording() as launches:
+        Case((2, (1, 2), (2, 1, 2), 8), normed=normed).run(qk_norm_rope)
+    sums = ["sample_sums_kernel"] if normed[0] else []
+    assert [launch.name for launch in launches] == ["qk_norm_rope_fwd", "qk_norm_rope_bwd", *sums]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_is_one_op_and_views(backend, dtype):
+    """The gradients of six parameters leave the raw op in their dtype: no cast, no copy, which would be launches."""
+    names = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    case = Case((2, (1, 2), (2, 1, 2), 8), (torch.bfloat16, dtype, dtype))
+    leaves = [t.requires_grad_() for t in (case.x, *case.weights, *case.biases)]
+    with use_backend(backend):
+        y = case.call(qk_norm_rope)
+        with Spy():
+            torch.autograd.grad(y, leaves, case.dy)
+    assert names[0] == "blip3o_fast.qk_norm_rope_bwd.default"
+    assert set(names[1:]) <= {"aten.view.default", "aten.split_with_sizes.default", "aten.detach.default"}
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(0, (8, 8)), (2, (0, 0))])
+def test_no_samples(backend, batch, tokens):
+    """An empty batch, which stock cannot reshape: empty results, and zeros for what sums over samples."""
+    case = Case((batch, tokens, (2, 1, 2), 8), rotated=batch == 0)
+    with use_backend(backend):
+        ours = case.run(qk_norm_rope)
+    assert ours["y"].shape == (batch, tokens[0] * tokens[1], 5, 8)
+    assert ours["dx"].shape == (batch, tokens[0] * tokens[1], 40)
     for i, h in enumerate((2, 1, 2)):
         assert torch.equal(ours[f"dweight{i}"], torch.zeros(8 * h))
         assert torch.equal(ours[f"dbias{i}"], torch.zeros(8 * h))
@@ -147,7 +231,7 @@ def test_no_samples(backend):
 
 @pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("normed", [(True,), (True, False)])
-def test_gradcheck(backend, normed, rotated):
+def test_gradcheck(normed, rotated):
     case = Case((2, (1, 3), (2, 1), 4), normed=normed, rotated=rotated).double()
     tensors = [t for t in (case.x.contiguous(), *case.weights, *case.biases) if t is not None]
 
@@ -157,16 +241,16 @@ def test_gradcheck(backend, normed, rotated):
         weights, biases = ([None if t is None else next(given) for t in g] for g in (case.weights, case.biases))
         return qk_norm_rope(x, weights, biases, case.rope, heads=case.heads, head_dim=4, eps=1e-3)
 
-    with use_backend(backend):
+    with use_backend("reference"):
         assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors])
 
 
-def test_chunks_of_samples_change_nothing(backend, monkeypatch):
-    """A chunk of one sample, of three (the last one short), of all."""
+def test_chunks_of_samples_change_nothing(monkeypatch):
+    """The reference in chunks of one sample, of three (the last one short), of all."""
     case, results = Case((8, (2, 2), (2, 1), 8)), []
     for size in (1, 3 * 4 * 16, 1 << 20):
-        monkeypatch.setattr(OP, "_CHUNK", size)
-        with use_backend(backend):
+        monkeypatch.setattr(OP.reference, "_CHUNK", size)
+        with use_backend("reference"):
             results.append(case.run(qk_norm_rope))
     stock, gold = case.run(eager), case.double().run(qk_norm_rope_ref)
     for result in results:
@@ -190,7 +274,7 @@ def test_strided_inputs(backend, first):
 
 
 def test_deterministic(backend):
-    case = Case((5, (4, 4), (6, 2, 6), 16))
+    case = Case((3, (2, 2), (6, 2, 6), 16))
     with use_backend(backend):
         first, second = case.run(qk_norm_rope), case.run(qk_norm_rope)
     for name, value in first.items():
@@ -199,15 +283,26 @@ def test_deterministic(backend):
 
 @pytest.mark.parametrize("normed", [(True,), (False, True), (False,)])
 def test_opcheck(backend, normed):
-    case = Case((2, (1, 3), (2, 1), 4), normed=normed)
-    heads, size = list(case.heads), (2, 3, 2)
+    case = Case((2, (1, 1), (2, 1), 4), normed=normed)
+    heads, size = list(case.heads), (2, 1, 2)
     torch.library.opcheck(
         OP._qk_norm_rope_fwd,
         (case.x, case.weights, case.biases, case.rope, heads, 4, 1e-5, torch.bfloat16, backend),
     )
     torch.library.opcheck(
         OP._qk_norm_rope_bwd,
-        (case.dy, case.x, case.weights, case.rope, torch.randn(size), torch.rand(size), heads, 4, backend),
+        (
+            case.dy,
+            case.x,
+            case.weights,
+            case.rope,
+            torch.randn(size),
+            torch.rand(size),
+            heads,
+            4,
+            torch.float16,
+            backend,
+        ),
     )
 
 
@@ -217,7 +312,7 @@ def test_compile_does_not_recompile_per_batch(backend):
     torch._dynamo.reset()
     with use_backend(backend):
         for batch in (2, 3, 4, 5, 6):
-            case = Case((batch, (2, 2), (2, 1, 2), 4), normed=(True, True, False))
+            case = Case((batch, (1, 1), (2, 1), 4), normed=(True, False))
             ours, plain = case.run(compiled), case.run(qk_norm_rope)
             for name, value in ours.items():
                 assert torch.equal(value, plain[name]), name
@@ -226,10 +321,10 @@ def test_compile_does_not_recompile_per_batch(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("given", [torch.float32, None], ids=["fp32 x", "half x"])
-def test_autocast_returns_its_dtype(dtype, given):
-    case = Case((2, (2, 4), (3, 3), 16), (given or dtype, torch.float32, torch.float32))
+def test_autocast_returns_its_dtype(backend, dtype, given):
+    case = Case((2, (1, 3), (3, 3), 16), (given or dtype, torch.float32, torch.float32))
     case.dy = case.dy.to(dtype)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype), use_backend(backend):
         ours, stock = case.run(qk_norm_rope), case.run(eager)
     gold = case.double().run(qk_norm_rope_ref)
     assert ours["y"].dtype == dtype
@@ -256,8 +351,11 @@ def test_extremes_stay_finite(backend, dtype):
 
 def test_names_what_cannot_run():
     case = Case((1, (1, 2), (1,), 4))
-    for name in ("triton", "cuda", "cpu"):
-        with use_backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' cannot run qk_norm_rope"):
+    message = "backend 'triton' cannot run qk_norm_rope: its triton kernel takes float32, bfloat16 and float16"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        case.double().call(qk_norm_rope)
+    for name in ("cuda", "cpu"):
+        with use_backend(name), pytest.raises(RuntimeError, match=f"it has no {name} kernel yet"):
             case.call(qk_norm_rope)
 
 
