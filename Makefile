@@ -3,6 +3,8 @@ PYTHON := scripts/with_headers.sh .venv/bin/python
 IMAGES ?=
 ENCODERS ?=
 FLAGS ?=
+# Python of a machine with a GPU: its own where it has PyTorch for it, else that of .venv.
+GPU_PYTHON ?= $(shell python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo python3 || echo .venv/bin/python)
 DEMO_FLAGS := $(if $(IMAGES),--images "$(IMAGES)") $(if $(ENCODERS),--encoders $(ENCODERS)) $(FLAGS)
 # Two workers with one thread each beat one worker with two threads on the small shapes of the tests.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
@@ -10,10 +12,10 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist lo
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard scripts/*.sh) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type docs bench clean
+.PHONY: help setup demo test test-all lint type docs bench sass-report launch-report gpu-check tune clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 setup: .venv/.stamp  ## make .venv and install everything into it
 
@@ -25,10 +27,10 @@ demo: .venv/.stamp  ## real pictures -> embeddings -> training -> samples -> rep
 	@$(PYTHON) -m blip3o_fast demo $(DEMO_FLAGS)
 
 test: .venv/.stamp  ## the test suite without the slow tests
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not gpu"
 
 test-all: .venv/.stamp  ## the whole test suite
-	@$(PYTEST)
+	@$(PYTEST) -m "not gpu"
 
 lint: .venv/.stamp  ## ruff: errors and formatting
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
@@ -41,6 +43,19 @@ docs: .venv/.stamp  ## every link, path, command and Python block of the documen
 
 bench: .venv/.stamp  ## time what exists against eager and torch.compile, with correctness in the same run
 	@$(PYTHON) -m benchmarks --set quick
+
+sass-report: .venv/.stamp  ## registers, memory and instructions of every kernel for every GPU, without one
+	@$(PYTHON) scripts/sass_report.py $(FLAGS)
+
+launch-report: .venv/.stamp  ## launches and bytes of block, model, training and sampling step beside stock's
+	@$(PYTHON) scripts/launch_report.py $(FLAGS)
+
+# Not in .venv: a machine with a GPU brings its own PyTorch and Triton.
+gpu-check:  ## on a machine with a GPU: install in place, every GPU test, then the times, in under 9 minutes
+	@$(GPU_PYTHON) scripts/gpu_check.py $(FLAGS)
+
+tune:  ## on a GPU: search launch configurations and write kernels/_tuned.json
+	@$(GPU_PYTHON) scripts/tune.py $(FLAGS)
 
 clean:  ## remove what builds and tests leave (keeps .venv and runs/)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

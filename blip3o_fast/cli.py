@@ -14,7 +14,7 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_train import train
-from blip3o_fast.cli_verbs import demo, evaluate, extract, sample, show_env
+from blip3o_fast.cli_verbs import demo, evaluate, extract, sample, show_env, warmup
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -54,6 +54,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "demo": demo,
+    "warmup": warmup,
     "env": show_env,
 }
 for name, verb in VERBS.items():

@@ -134,6 +134,34 @@ def evaluate(
     evaluate_checkpoint(EvaluateSettings(**given))
 
 
+def warmup(
+    model: Annotated[str, option("model", "A folder or hub name whose network is meant.")] = "",
+    preset: Annotated[str, option("preset", "Instead: tiny, small, base, blip3o-4b or blip3o-8b.")] = "",
+    precision: Annotated[
+        list[str], option("precision", "bfloat16, float16, float32 or autocast (bf16 training); repeatable.")
+    ] = ("bfloat16", "autocast"),  # type: ignore[assignment]
+    arch: Annotated[
+        list[int], option("arch", "The GPU: 80 A100, 89 L4 and RTX 40, 90 H100, 100 B200, 120 RTX 50; this one's.")
+    ] = (),  # type: ignore[assignment]
+    training: Annotated[
+        bool, typer.Option("--training/--no_training", help="Also the kernels of the backward pass and the loss.")
+    ] = True,
+) -> None:
+    """Compile the kernels of a network into Triton's cache (TRITON_CACHE_DIR), with or without a GPU.
+
+    Examples:
+
+      blip3o-fast warmup
+
+      blip3o-fast warmup --preset blip3o-8b --arch 90 --precision bfloat16 --no_training
+    """
+    given = locals()
+    from blip3o_fast.models.warmup import WarmupSettings
+    from blip3o_fast.models.warmup import warmup as run_warmup
+
+    typer.echo(run_warmup(WarmupSettings(**given)))
+
+
 def demo(
     output_dir: Annotated[Path, option("output_dir", "Where everything lands.")] = Path("runs/demo"),
     images: Annotated[str, option("images", "A folder of 32 or more pictures, instead of fetching some.")] = "",

@@ -4,7 +4,6 @@ The only file of the package that reads environment variables. It imports nothin
 report is asked for, so every layer may use `read`.
 """
 
-import importlib.util
 import os
 import platform
 import re
@@ -146,7 +145,10 @@ def devices() -> list[str]:
 
 def backends() -> dict[str, str]:
     """Each backend -> "works ..." or the reason why it does not."""
+    import torch
+
     from blip3o_fast import _ext, ops
+    from blip3o_fast.ops import _triton
     from blip3o_fast.ops._backend import Backends
 
     native: dict[str, list[str]] = {}
@@ -162,7 +164,10 @@ def backends() -> dict[str, str]:
             return "no: no op has such a kernel in this version"
         return f"no: {broken}" if broken else f"works: {', '.join(native[backend])}"
 
-    no_triton = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    # without a GPU there is none, and what else is missing is worth telling too
+    no_triton = _triton.why_not(*("cuda", 0) if torch.cuda.is_available() else ("cpu", None)) or ""
+    if no_triton and not _triton.why_no_triton():
+        no_triton += "".join(f"; {reason}" for reason in (_triton.why_no_launcher(),) if reason and reason != no_triton)
     return {
         "reference": "works: every op",
         "cpu": status("cpu", _ext.ERROR),

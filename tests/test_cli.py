@@ -12,7 +12,7 @@ import typer
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
-VERBS = ("env", "extract", "train", "sample", "evaluate", "demo")
+VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "warmup")
 
 
 def command(*argv: str) -> "subprocess.CompletedProcess[str]":
@@ -80,12 +80,19 @@ def settings_class(verb: str) -> type:
     from blip3o_fast.demo.run import DemoSettings
     from blip3o_fast.evaluation.evaluate import EvaluateSettings
     from blip3o_fast.evaluation.samples import SampleSettings
+    from blip3o_fast.models.warmup import WarmupSettings
     from blip3o_fast.training.arguments import TrainSettings
 
-    return {"train": TrainSettings, "sample": SampleSettings, "evaluate": EvaluateSettings, "demo": DemoSettings}[verb]
+    return {
+        "train": TrainSettings,
+        "sample": SampleSettings,
+        "evaluate": EvaluateSettings,
+        "demo": DemoSettings,
+        "warmup": WarmupSettings,
+    }[verb]
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "warmup"])
 def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     def plain(value: object) -> object:
         return str(value) if isinstance(value, Path) else value
@@ -107,7 +114,7 @@ def test_extract_has_every_argument_with_its_default() -> None:
     assert expected["quiet"] is None
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "warmup"])
 def test_flags_are_named_as_their_settings(verb: str) -> None:
     import typer.main
 

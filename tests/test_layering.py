@@ -20,7 +20,7 @@ LAYERS = {
     "testing": set(),
     "timing": set(),
     "ops": BELOW_OPS,
-    "models": {"ops", "env"},
+    "models": {"ops", "kernels", "env"},
     "flow": {"ops", "env"},
     "sampling": {"models", "flow", "ops", "env"},
     "data": {"models", "env"},
@@ -29,11 +29,16 @@ LAYERS = {
     "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
     "cli": {"cli_train", "cli_verbs", "env"},
     "cli_train": {"training", "env"},
-    "cli_verbs": {"data", "evaluation", "demo", "env"},
+    "cli_verbs": {"data", "evaluation", "demo", "models", "env"},
     "__main__": {"cli"},
 }
-# `data` knows of the models nothing but how features are normalised; `training` of the evaluation only its metrics.
-ONLY = {("data", "models"): {"normalizer"}, ("training", "evaluation"): {"metrics"}}
+# `data` knows of the models nothing but how features are normalised; `training` of the evaluation only its metrics; the
+# models of the kernels only how their launches are recorded and compiled ahead.
+ONLY = {
+    ("models", "kernels"): {"_launch", "_compile"},
+    ("data", "models"): {"normalizer"},
+    ("training", "evaluation"): {"metrics"},
+}
 
 
 def python_files(folder: Path = PACKAGE) -> list[Path]:

@@ -162,12 +162,14 @@ def block_forward(
     normed: Tensor | None = None,
     modulation: tuple[Tensor, ...] | None = None,
     following: Any = None,
+    following_modulation: tuple[Tensor, ...] | None = None,
     key_value: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """One block: h [B, T, D], conditioning = silu(y) [B, A], context [B, L, E'].
 
     normed and modulation: this block's first norm and its modulation where the block before has made them.
-    following: the next block, if its first norm is to be made here. Returns (h, its normed, its modulation).
+    following: the next block, if its first norm is to be made here; following_modulation: its modulation where it was
+    made before. Returns (h, its normed, its modulation).
     key_value: `context_key_value(block, context)` where it was made before.
     """
     attn1, attn2, head_dim = block.attn1, block.attn2, block.head_dim
@@ -206,7 +208,7 @@ def block_forward(
     if following is None:
         h = ops.gated_residual(h, forwarded, gate_mlp, block.ffn_norm2.weight, eps=block.ffn_norm2.eps)
         return h, None, None
-    next_modulation = modulate(following, conditioning)
+    next_modulation = modulate(following, conditioning) if following_modulation is None else following_modulation
     h, normed = ops.gated_residual_modulate(
         h,
         forwarded,

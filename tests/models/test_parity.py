@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blip3o_fast.kernels._launch import recording
 from blip3o_fast.models.config import BLIP3oConfig
+from blip3o_fast.ops import use_backend
 
 OUTPUT_TOLERANCE = 1e-5
 
@@ -96,6 +98,28 @@ def test_equals_diffusers_in_fp64(case: str, stock_pair: Any, inputs: Any) -> No
 @pytest.mark.parametrize("context", [2, 63, 64, 65, 257])
 def test_equals_diffusers_at_every_context_length(context: int, stock_pair: Any, inputs: Any) -> None:
     run_case(stock_pair, inputs, {"num_layers": 1}, {"context": context, "masked": context % 2 == 0})
+
+
+# Under the interpreter, so the grids are small; "eight-by-eight" takes the path for 64 tokens.
+TRITON_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "eight-by-eight": ({"num_layers": 1, "hidden_size": 128}, {"batch": 1, "context": 64}),
+    "blip3o": ({}, {"height": 3, "width": 2}),
+    "stock-masked": ({"context_projection": False}, {"height": 3, "width": 2, "context": 9, "masked": True}),
+    "head-72-gqa": (
+        {"hidden_size": 288, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 1},
+        {"batch": 1, "height": 2, "width": 2},
+    ),
+    "no-qk-norm": ({"qk_norm": False, "num_layers": 1}, {"height": 2, "width": 2}),
+}
+
+
+@pytest.mark.parametrize("case", TRITON_CASES)
+def test_equals_diffusers_on_triton(case: str, stock_pair: Any, inputs: Any) -> None:
+    with use_backend("triton"), recording() as launches:
+        run_case(stock_pair, inputs, *TRITON_CASES[case])
+    ops = {launch.module for launch in launches}
+    expected = {"qk_norm_rope", "dual_attention", "gated_residual_modulate", "gated_residual", "swiglu"}
+    assert expected | {"rms_norm_modulate", "layer_norm_modulate", "_sample_sums"} <= ops
 
 
 @pytest.mark.slow
