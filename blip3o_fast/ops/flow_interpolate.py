@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._flow_schedule import check_schedule, path_coefficients
 from blip3o_fast.ops._library import (
@@ -142,11 +142,43 @@ def _backward_reference(
     return (alpha * dy_acc).to(dy.dtype), dnoise
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    data: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sigma_min: float,
+    sigma_max: float,
+    schedule: str,
+) -> Tensor:
+    x_t = _forward_fake(data, sigma, noise, seed, sigma_min, sigma_max, schedule, "triton")
+    kernels = _triton.kernels("flow_interpolate")
+    kernels.forward(data, sigma, noise, seed, sigma_min, sigma_max, schedule, x_t)
+    return x_t
+
+
+def _backward_triton(
+    dy: Tensor,
+    sigma: Tensor,
+    noise_dtype: torch.dtype | None,
+    sigma_min: float,
+    sigma_max: float,
+    schedule: str,
+) -> tuple[Tensor, Tensor]:
+    ddata, dnoise = _backward_fake(dy, sigma, noise_dtype, sigma_min, sigma_max, schedule, "triton")
+    kernels = _triton.kernels("flow_interpolate")
+    kernels.backward(dy, sigma, sigma_min, sigma_max, schedule, ddata, None if noise_dtype is None else dnoise)
+    return ddata, dnoise
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("flow_interpolate")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("flow_interpolate", triton=_triton.refusal)
 
 
 def _forward(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._flow_schedule import check_prediction_type, target_coefficients
 from blip3o_fast.ops._library import (
@@ -164,11 +164,42 @@ def _backward_reference(dloss: Tensor, dpred: Tensor, dtype: torch.dtype) -> Ten
     return (dpred * dloss.to(dpred.dtype)).to(dtype)
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    pred: Tensor,
+    data: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prediction_type: str,
+    sigma_min: float,
+    sigma_max: float,
+    schedule: str,
+    regularization_weight: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (
+        pred, data, sigma, noise, seed, prediction_type, sigma_min, sigma_max, schedule, regularization_weight
+    )  # fmt: skip
+    loss, metrics, dpred = _forward_fake(*arguments, with_gradient, "triton")
+    kernels = _triton.kernels("flow_matching_loss")
+    kernels.forward(*arguments, loss, metrics, dpred if with_gradient else None)
+    return loss, metrics, dpred
+
+
+def _backward_triton(dloss: Tensor, dpred: Tensor, dtype: torch.dtype) -> Tensor:
+    scaled = _backward_fake(dloss, dpred, dtype, "triton")
+    _triton.kernels("flow_matching_loss").backward(dloss, dpred, scaled)
+    return scaled
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("flow_matching_loss")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("flow_matching_loss", triton=_triton.refusal)
 
 
 def _forward(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from blip3o_fast.ops import flow_interpolate, flow_interpolate_ref, use_backend
+from blip3o_fast.kernels._launch import recording
+from blip3o_fast.ops import _philox, flow_interpolate, flow_interpolate_ref, use_backend
 from blip3o_fast.ops._philox import normal_noise
 from blip3o_fast.testing import assert_contract
 
@@ -61,6 +62,14 @@ def run(function, args: dict[str, Tensor], dy: Tensor, **settings) -> dict[str, 
     return {"y": y.detach(), "ddata": ddata, "dnoise": dnoise}
 
 
+def exact_noise(monkeypatch, seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The normals of a seed with everything after the words and their uniforms in fp64."""
+    uniform = _philox.uniform
+    with monkeypatch.context() as patch:
+        patch.setattr(_philox, "uniform", lambda word: uniform(word).double())
+        return normal_noise(seed, shape)
+
+
 def doubled(args: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in args.items()}
 
@@ -102,17 +111,32 @@ def test_contract(backend, shape, dtypes, settings):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_contract_of_seeded_noise(backend, dtype, settings):
+def test_contract_of_seeded_noise(backend, dtype, settings, monkeypatch):
+    """Eager gets the reference's fp32 normals, the gold the exact ones."""
     args, dy = inputs((3, 5, 7), (dtype, F32)), torch.randn(3, 5, 7).to(dtype)
     seed = torch.tensor([5, 17])
     args["noise"] = normal_noise(seed, (3, 5, 7))
+    exact = doubled(args) | {"noise": exact_noise(monkeypatch, seed, (3, 5, 7))}
+    assert exact["noise"].dtype == torch.float64
     data = args["data"].clone().requires_grad_()
     with use_backend(backend):
         y = flow_interpolate(data, args["sigma"], seed=seed, **settings)
         (ddata,) = torch.autograd.grad(y, data, dy)
-    stock, gold = run(eager, args, dy, **settings), run(flow_interpolate_ref, doubled(args), dy.double(), **settings)
+    stock, gold = run(eager, args, dy, **settings), run(flow_interpolate_ref, exact, dy.double(), **settings)
     for name, value in (("y", y.detach()), ("ddata", ddata)):
         assert_contract(value, stock[name], gold[name], f"{name} on {backend}")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_seeded_noise_does_not_depend_on_the_block(backend, dtype):
+    """Samples of more than one block whose last one is not full, with the tail of a quadruple cut off."""
+    data, seed = torch.zeros(2, 3, 701, dtype=dtype), torch.tensor([-3, 2**33 + 5])
+    with use_backend(backend):
+        x_t = flow_interpolate(data, torch.ones(2), seed=seed)
+    expected = normal_noise(seed, (2, 3, 701))
+    # the reference rounds its angle to fp32, whose spacing below 2 pi is 5e-7
+    tolerance = 3e-6 if dtype == F32 else 2e-2
+    torch.testing.assert_close(x_t.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_batch_may_be_cut_anywhere(backend):
@@ -126,6 +150,24 @@ def test_a_batch_may_be_cut_anywhere(backend):
         other = flow_interpolate(args["data"], args["sigma"], seed=torch.tensor([6, 17]))
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(other, whole)
+
+
+def test_triton_kernels_are_launched():
+    args, dy = inputs((2, 3, 8)), torch.randn(2, 3, 8)
+    with use_backend("triton"), recording() as launches:
+        run(flow_interpolate, args, dy)
+        data = args["data"].requires_grad_()
+        flow_interpolate(data, args["sigma"], seed=torch.tensor([1, 2])).backward(dy)
+    names = [launch.name for launch in launches]
+    assert names == ["flow_interpolate_fwd", "flow_interpolate_bwd"] * 2
+
+
+def test_spread_samples_are_read_where_they_lie():
+    wide = torch.randn(6, 3, 8)
+    noise, sigma = torch.randn(3, 3, 8), torch.rand(3)
+    with use_backend("triton"), recording() as launches:
+        flow_interpolate(wide[::2], sigma, noise=noise)
+    assert launches[0].args[0].data_ptr() == wide.data_ptr()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -249,6 +291,9 @@ def test_names_what_cannot_run():
     args = inputs((1, 2, 8))
     with use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run flow_interpolate"):
         flow_interpolate(args["data"], args["sigma"], noise=args["noise"])
+    wide, message = doubled(args), "its triton kernel takes float32, bfloat16 and float16, got torch.float64"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        flow_interpolate(wide["data"], wide["sigma"], noise=wide["noise"])
 
 
 Z = torch.zeros

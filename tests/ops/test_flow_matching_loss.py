@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from blip3o_fast.ops import flow_matching_loss, flow_matching_loss_ref, use_backend
+from blip3o_fast.kernels._launch import recording
+from blip3o_fast.ops import flow_interpolate, flow_matching_loss, flow_matching_loss_ref, use_backend
 from blip3o_fast.ops._philox import normal_noise
 from blip3o_fast.testing import assert_contract
 
@@ -18,7 +19,7 @@ OP = importlib.import_module("blip3o_fast.ops.flow_matching_loss")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # of pred, data, noise; sigma is always fp32
 DTYPES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (BF16, F32, F32), (F32, BF16, F16)]
-SHAPES = [(2, 64, 48), (3, 5, 7), (1, 1, 3)]
+SHAPES = [(2, 8, 48), (3, 5, 7), (1, 1, 3), (2, 1, 1792)]
 SETTINGS = [
     {},
     {"regularization_weight": 0.3},
@@ -110,9 +111,10 @@ def test_contract(backend, shape, dtypes, settings):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_seeded_noise_is_the_noise_of_the_interpolation(backend, dtype, settings):
-    args, seed = inputs((3, 5, 7), (dtype, dtype, F32)), torch.tensor([5, 17])
-    args["noise"] = normal_noise(seed, (3, 5, 7))
+@pytest.mark.parametrize("shape", [(1, 3, 7), (2, 2, 12)], ids=str)
+def test_seeded_noise_is_the_noise_of_the_interpolation(backend, shape, dtype, settings):
+    args, seed = inputs(shape, (dtype, dtype, F32)), torch.tensor([5, 17])
+    args["noise"] = normal_noise(seed, shape)
     seeded = {name: value for name, value in args.items() if name != "noise"} | {"seed": seed}
     with use_backend(backend):
         given, made = run(flow_matching_loss, args, 1.7, **settings), run(flow_matching_loss, seeded, 1.7, **settings)
@@ -120,10 +122,25 @@ def test_seeded_noise_is_the_noise_of_the_interpolation(backend, dtype, settings
         torch.testing.assert_close(value, given[name], rtol=1e-6 if dtype == F32 else 0.01, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("channels", [2, 8])
+def test_the_noise_is_the_one_inside_x_t(backend, channels, dtype):
+    """Element by element: of a zero prediction and a power of two of elements, the gradient is -noise exactly."""
+    shape, seed = (2, 4, channels), torch.tensor([-5, 2**40])
+    data, sigma = torch.zeros(shape, dtype=dtype), torch.ones(2)
+    pred = torch.zeros(shape, requires_grad=True)
+    with use_backend(backend):
+        noise = flow_interpolate(data.float(), sigma, seed=seed)
+        loss, _ = flow_matching_loss(pred, data, sigma, seed=seed, prediction_type="epsilon")
+        (dpred,) = torch.autograd.grad(loss, pred, torch.tensor(pred.numel() / 2))
+    torch.testing.assert_close(dpred, -noise, rtol=3e-7, atol=0)
+
+
 def test_fp16_gradients_do_not_vanish(backend):
     """2 / N * error is below fp16's smallest number here; the gradient scaler's factor must arrive before rounding."""
-    args = inputs((64, 64, 64), (F16, F32, F32))
-    args["pred"] = (target_of(args, {}) + 5e-3 * torch.randn(64, 64, 64)).half()
+    shape = (2, 24, 4096)
+    args = inputs(shape, (F16, F32, F32))
+    args["pred"] = (target_of(args, {}) + 5e-3 * torch.randn(shape)).half()
     with use_backend(backend):
         scaled = run(flow_matching_loss, args, 65536.0)["dpred"]
     gold = run(flow_matching_loss_ref, doubled(args), 65536.0)["dpred"]
@@ -218,6 +235,33 @@ def test_nothing_waits_for_the_device(backend):
     assert loss.is_meta and all(value.is_meta and value.dtype == F32 for value in metrics.values())
 
 
+def test_triton_kernels_are_launched():
+    args = inputs((2, 3, 8))
+    with use_backend("triton"), recording() as launches:
+        run(flow_matching_loss, args, 1.0)
+        flow_matching_loss(args["pred"], args["data"], args["sigma"], seed=torch.tensor([1, 2]))
+    forward = ["flow_matching_loss_fwd", "flow_matching_loss_sums"]
+    assert [launch.name for launch in launches] == [*forward, "flow_matching_loss_bwd", *forward]
+
+
+@pytest.mark.parametrize(("tokens", "programs", "seeded"), [(64, 8, False), (21, 4, False), (21, 4, True)])
+def test_a_program_of_many_tokens(monkeypatch, tokens, programs, seeded):
+    """As on large batches: 16 tokens per program, the last program of a sample may be short of some."""
+    from blip3o_fast.kernels import flow_matching_loss as kernels
+
+    args, seed = inputs((2, tokens, 8)), torch.tensor([3, 4])
+    if seeded:
+        args["noise"] = normal_noise(seed, (2, tokens, 8))
+    call = {name: a for name, a in args.items() if name != "noise"} | {"seed": seed} if seeded else args
+    monkeypatch.setattr(kernels, "_BUSY_WARPS", 1)
+    with use_backend("triton"), recording() as launches:
+        ours = run(flow_matching_loss, call, 1.7, regularization_weight=0.3)
+    assert [launch.grid for launch in launches[:2]] == [(programs,), (1,)]
+    gold = run(flow_matching_loss_ref, doubled(args), 1.7, regularization_weight=0.3)
+    for name, value in ours.items():
+        torch.testing.assert_close(value.double(), gold[name], rtol=2e-6, atol=2e-7)
+
+
 def test_only_one_tensor_is_saved(backend):
     """The gradient itself, in fp32: neither pred nor data nor noise is kept for backward."""
     args, packed = inputs((3, 5, 7), (BF16, BF16, BF16)), []
@@ -227,7 +271,7 @@ def test_only_one_tensor_is_saved(backend):
 
 
 def test_deterministic(backend):
-    args = inputs((3, 16, 20))
+    args = inputs((2, 4, 20))
     seeded = {name: value for name, value in args.items() if name != "noise"} | {"seed": torch.tensor([1, 2])}
     with use_backend(backend):
         for call in (args, seeded):
@@ -287,8 +331,11 @@ def test_second_derivatives_and_transforms_are_refused():
 
 def test_names_what_cannot_run():
     args = inputs((1, 2, 8))
-    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run flow_matching_loss"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run flow_matching_loss"):
         flow_matching_loss(args["pred"], args["data"], args["sigma"], noise=args["noise"])
+    wide, message = doubled(args), "its triton kernel takes float32, bfloat16 and float16, got torch.float64"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        flow_matching_loss(wide["pred"], wide["data"], wide["sigma"], noise=wide["noise"])
 
 
 Z = torch.zeros

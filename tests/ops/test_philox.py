@@ -1,12 +1,19 @@
-"""The counter-based noise: Random123's known answers, exact integer arithmetic, and scipy's tests of the normals."""
+"""The counter-based noise: Random123's known answers, exact integer arithmetic, and scipy's tests of the normals.
+
+The second half is the same noise inside a kernel (`kernels/_philox.py`).
+"""
 
 import math
 
 import numpy
 import pytest
 import torch
+import triton
+import triton.language as tl
 from scipy import stats
 
+from blip3o_fast.kernels import _philox as kernels
+from blip3o_fast.ops import flow_interpolate, use_backend
 from blip3o_fast.ops._philox import (
     PER_SAMPLE,
     box_muller,
@@ -148,3 +155,132 @@ def test_per_sample_draws_have_streams_of_their_own():
     # written out: counter (purpose, PER_SAMPLE, sample), which no element of a sample reaches
     word = exact_philox([1, PER_SAMPLE, 7, 0], [5, 0])[0]
     assert float(second[7]) == pytest.approx(word * 2.0**-32 + 2.0**-33, rel=1e-6)
+
+
+# ---- inside a kernel -----------------------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@triton.jit
+def words_kernel(counter_ptr, key_ptr, words_ptr, N: tl.constexpr):
+    """words [4, N] of counter [4, N] and key [2, N], int32 tensors that hold uint32."""
+    at = tl.arange(0, N)
+    c0 = tl.load(counter_ptr + at).to(tl.uint32, bitcast=True)
+    c1 = tl.load(counter_ptr + N + at).to(tl.uint32, bitcast=True)
+    c2 = tl.load(counter_ptr + 2 * N + at).to(tl.uint32, bitcast=True)
+    c3 = tl.load(counter_ptr + 3 * N + at).to(tl.uint32, bitcast=True)
+    k0 = tl.load(key_ptr + at).to(tl.uint32, bitcast=True)
+    k1 = tl.load(key_ptr + N + at).to(tl.uint32, bitcast=True)
+    w0, w1, w2, w3 = kernels.philox(c0, c1, c2, c3, k0, k1)
+    tl.store(words_ptr + at, w0.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + N + at, w1.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + 2 * N + at, w2.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + 3 * N + at, w3.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def box_muller_kernel(word_a_ptr, word_b_ptr, normals_ptr, N: tl.constexpr):
+    """normals [2, N]."""
+    at = tl.arange(0, N)
+    word_a = tl.load(word_a_ptr + at).to(tl.uint32, bitcast=True)
+    word_b = tl.load(word_b_ptr + at).to(tl.uint32, bitcast=True)
+    first, second = kernels.box_muller(word_a, word_b)
+    tl.store(normals_ptr + at, first)
+    tl.store(normals_ptr + N + at, second)
+
+
+@triton.jit
+def normals_kernel(seed_ptr, first_ptr, normals_ptr, N: tl.constexpr):
+    """normals [3, N] of the elements from first [1] on, the three ways there are to make them."""
+    at = tl.arange(0, N)
+    s_low, s_high, k_low, k_high = kernels.sample_stream(seed_ptr, 1)
+    first = tl.load(first_ptr)
+    tl.store(normals_ptr + at, kernels.normals(first >> 2, s_low, s_high, k_low, k_high, N, 1))
+    tl.store(normals_ptr + N + at, kernels.normals(first >> 2, s_low, s_high, k_low, k_high, N, 2))
+    tl.store(normals_ptr + 2 * N + at, kernels.normals_at(first + at, s_low, s_high, k_low, k_high))
+
+
+def as_int32(word: torch.Tensor) -> torch.Tensor:
+    return word.to(torch.int32).to(DEVICE)  # wraps: the 32 bits stay
+
+
+def test_the_words_of_the_kernel_are_the_same():
+    counter, key = torch.randint(2**32, (4, 512)), torch.randint(2**32, (2, 512))
+    for column, (c, k, _) in enumerate(KNOWN):
+        counter[:, column], key[:, column] = torch.stack(words(c)), torch.stack(words(k))
+    found = torch.empty(4, 512, dtype=torch.int32, device=DEVICE)
+    words_kernel[(1,)](as_int32(counter), as_int32(key), found, N=512)
+    assert torch.equal(found.cpu(), as_int32(torch.stack(philox_4x32_10(list(counter), list(key)))).cpu())
+    assert [f"{int(word) % 2**32:08x}" for word in found[:, 2]] == KNOWN[2][2].split()
+
+
+def test_the_normals_of_the_kernel_are_within_2_ulp():
+    """Of the formula in fp64; ends and right angles, the logarithm near 1 and its seams included."""
+    count = 2**18
+    word_a, word_b = torch.randint(2**32, (2, count))
+    near, scales = count // 4, torch.randint(32, (count // 4,))
+    word_a[:near] >>= scales  # small
+    word_a[near : 2 * near] = 2**32 - 1 - (word_a[near : 2 * near] >> scales)  # near 1
+    word_b[:near] >>= torch.randint(32, (near,))
+    word_b[near : 2 * near] = (torch.randint(9, (near,)) * 2**29 + torch.randint(-300, 300, (near,))) % 2**32
+    word_a[:3], word_b[:4] = torch.tensor([0, 2**32 - 1, 2**31]), torch.tensor([0, 2**32 - 1, 2**30, 2**31])
+    ours = torch.empty(2, count, device=DEVICE)
+    box_muller_kernel[(1,)](as_int32(word_a), as_int32(word_b), ours, N=count)
+    radius = torch.sqrt(-2 * torch.log(uniform(word_a).double()))
+    # The quarter turns are taken off first: pi of fp64 is not exact enough for a sine near its zeros.
+    turns = uniform(word_b).double()
+    quarter = torch.round(4 * turns)
+    rest, quarter = 2 * math.pi * (turns - quarter / 4), quarter.long() % 4
+    sin, cos = rest.sin(), rest.cos()
+    for value, circle in ((ours[0], (cos, -sin, -cos, sin)), (ours[1], (sin, cos, -sin, -cos))):
+        gold = radius * torch.stack(circle).gather(0, quarter[None])[0]
+        spacing = torch.from_numpy(numpy.spacing(gold.abs().float().numpy())).double()
+        error = ((value.cpu().double() - gold).abs() / spacing).max().item()
+        assert error <= 2.0
+    assert ours.isfinite().all() and not ours[:, 1].any()  # u = 1: the radius is 0
+
+
+@pytest.mark.parametrize("first", [0, 4 * 96, 2**34 - 4 * 96, 2**36 + 8 * 5])
+def test_the_kernel_has_one_noise_in_three_ways(first):
+    """Also where the number of a quadruple passes 2^32."""
+    seed, offset = -(2**40) + 11, 2**33 + 5
+    ours = torch.empty(3, 64, device=DEVICE)
+    seeds = torch.tensor([seed, offset], device=DEVICE)
+    normals_kernel[(1,)](seeds, torch.tensor([first], device=DEVICE), ours, N=64)
+    quad = first // 4 + torch.arange(16)
+    key = split_words(torch.full((16,), seed))
+    expected = box_muller(
+        philox_4x32_10((*split_words(quad), *split_words(torch.full((16,), offset + 1))), key)
+    ).flatten()  # fmt: skip
+    for way in ours.cpu():
+        torch.testing.assert_close(way, expected, rtol=3e-6, atol=3e-6)
+        torch.testing.assert_close(way, ours[0].cpu(), rtol=3e-7, atol=0)
+
+
+def drawn(seed: int, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The noise that the kernel of flow_interpolate draws: data is 0 and sigma 1."""
+    with use_backend("triton"):
+        pair = torch.tensor([seed, offset], device=DEVICE)
+        return flow_interpolate(torch.zeros(shape, device=DEVICE), torch.ones(shape[0], device=DEVICE), seed=pair).cpu()
+
+
+def test_the_normals_of_the_kernel_are_standard_normal():
+    noise = drawn(11, 3, (2, 16384)).double()
+    flat = noise.flatten().numpy()
+    assert stats.kstest(flat, "norm").pvalue > 1e-3
+    for moment, expected, deviation in ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5)):
+        assert abs((flat**moment).mean() - expected) <= 4.5 * deviation / flat.size**0.5
+    assert numpy.abs(flat).max() > 3.7, "32768 normals must have a tail"
+    for lag in (1, 2, 3, 4, 8, 64):
+        assert abs((flat[:-lag] * flat[lag:]).mean()) <= 4.5 / flat.size**0.5
+        assert abs(((flat[:-lag] ** 2 - 1) * (flat[lag:] ** 2 - 1)).mean()) <= 4.5 * 2 / flat.size**0.5
+    assert abs(numpy.corrcoef(noise)[0, 1]) <= 4.5 / 16384**0.5
+
+
+def test_the_batch_of_the_kernel_may_be_cut_anywhere():
+    whole = drawn(3, 100, (4, 3, 7))
+    for start, stop in ((0, 2), (2, 4), (3, 4), (3, 3)):
+        assert torch.equal(drawn(3, 100 + start, (stop - start, 3, 7)), whole[start:stop])
+    assert torch.equal(drawn(3, 100, (4, 2, 7)).flatten(1), whole.flatten(1)[:, :14])
+    assert not torch.equal(drawn(4, 100, (4, 3, 7)), whole)
