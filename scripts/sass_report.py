@@ -72,20 +72,16 @@ class Row:
     minimum: float
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource report, SASS) by the tool that comes with Triton."""
+def disassemble(cubin: bytes) -> str:
+    """Resource report and SASS, by the tool that comes with Triton."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        both = []
-        for option in ("-res-usage", "-sass"):
-            done = subprocess.run(
-                [knobs.nvidia.cuobjdump.path, option, file.name], capture_output=True, text=True, check=True
-            )
-            both.append(done.stdout + done.stderr)
-    return both[0], both[1]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def count(sass: str) -> dict[str, int]:
@@ -120,12 +116,12 @@ def rows_of(case: str, dtype: str, arch: int) -> list[Row]:
             if key in rows:
                 continue
             compiled = compile_launch(launch, arch)
-            usage, sass = disassemble(compiled.asm["cubin"])
-            found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-            assert found is not None, usage
+            text = disassemble(compiled.asm["cubin"])
+            found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+            assert found is not None, text
             rows[key] = Row(
                 case, dtype, arch, call.op, launch.name, launch.options["num_warps"],
-                registers=int(found[1]), stack=int(found[2]), shared=compiled.metadata.shared, **count(sass),
+                registers=int(found[1]), stack=int(found[2]), shared=compiled.metadata.shared, **count(text),
                 bytes=call.moved_bytes / largest, minimum=call.minimum_bytes / largest,
             )  # fmt: skip
     return list(rows.values())

