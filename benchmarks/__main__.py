@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MACHINERY = {"__main__", "harness", "machine", "plugin", "rows", "table", "work"}
+MACHINERY = {
+    *("__main__", "cases", "goals", "gpu_rows", "gpu_timing", "harness"),
+    *("machine", "plugin", "rows", "table", "work"),
+}
 QUICK = ("rms_norm_modulate", "model_block")  # under 5 minutes on two cores, without the cases marked `full`
 
 EPILOG = """\

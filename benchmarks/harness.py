@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.work import MODES, Absent, Inputs, Values, Work, values
+from benchmarks.work import MODES, Absent, Inputs, Values, Work, gradients_of, values
 from blip3o_fast.timing import Timing, interleaved
 
 
@@ -78,21 +78,20 @@ def _check(work: Work, mode: str, inputs: Inputs, gold: Values) -> Iterator[tupl
 
 
 def _runners(
-    provider: Callable[..., Tensor], mode: str, pool: list[Inputs]
+    provider: Callable[..., Any], mode: str, pool: list[Inputs]
 ) -> tuple[Callable[..., Any], Callable[[], Any] | None]:
     """(what is timed, what is prepared before it or None), going round the pool."""
     turn = itertools.cycle(pool)
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         return provider(*next(turn).args)
 
-    def prepare() -> tuple[Tensor, Inputs]:
+    def prepare() -> tuple[Any, Inputs]:
         inputs = next(turn)
         return provider(*inputs.args), inputs
 
-    def backward(state: tuple[Tensor, Inputs]) -> tuple[Tensor, ...]:
-        y, inputs = state
-        return torch.autograd.grad(y, list(inputs.wrt.values()), inputs.upstream)
+    def backward(state: tuple[Any, Inputs]) -> tuple[Tensor, ...]:
+        return gradients_of(*state)
 
     if mode == "forward":
         return forward, None
@@ -109,7 +108,7 @@ def _time(
         runs[name], preparation = _runners(provider, mode, pool)
         if preparation is not None:
             prepare[name] = preparation
-    on_gpu = pool[0].upstream.is_cuda
+    on_gpu = next(iter(pool[0].wrt.values())).is_cuda
     synchronize: Callable[[], Any] = torch.cuda.synchronize if on_gpu else (lambda: None)
     last = names[-1]
 

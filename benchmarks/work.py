@@ -16,11 +16,14 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one call, the tensors among them (or behind them) that get a gradient, and the upstream gradient."""
+    """Arguments of one call, the tensors among them (or behind them) that get a gradient, and the upstream gradient.
+
+    upstream: of the output; a tuple, one of each, where the providers return several outputs.
+    """
 
     args: tuple[Any, ...]
     wrt: Mapping[str, Tensor]
-    upstream: Tensor
+    upstream: Tensor | tuple[Tensor, ...]
 
     def bytes(self) -> int:
         """Of the arguments alone: what a forward reads decides how many sets it takes to exceed the caches."""
@@ -84,15 +87,16 @@ class Work:
     it is.
 
     suite: name in the table; case: what varies (batch, tokens, ...). inputs: makes a fresh set at each call, requiring
-    grad where `wrt` says. gold: the values {"y": ..., "d<name>": ...} of one set in fp64. bytes_moved, flops: the least
-    that each mode must do. rotate: time over as many input sets as exceed the caches; False where the weights alone do.
+    grad where `wrt` says. gold: the values {"y": ..., "d<name>": ...} of one set in fp64 ("y0", "y1", ... where there
+    are several outputs, returned as a tuple). bytes_moved, flops: the least that each mode must do. rotate: time over
+    as many input sets as exceed the caches; False where the weights alone do.
     details: a word per provider for the row (which backend ran).
     """
 
     suite: str
     case: dict[str, Any]
     inputs: Callable[[], Inputs]
-    providers: Mapping[str, Callable[..., Tensor] | Absent]
+    providers: Mapping[str, Callable[..., Any] | Absent]
     gold: Callable[[Inputs], Values]
     bytes_moved: Mapping[str, int]
     flops: Mapping[str, int]
@@ -107,17 +111,29 @@ class Work:
         return f"{self.suite} {' '.join(f'{k}={v}' for k, v in self.case.items())}"
 
 
-def values(function: Callable[..., Tensor], inputs: Inputs, gradients: bool) -> Values:
+def named_outputs(result: Tensor | tuple[Tensor, ...]) -> Values:
+    """`{"y": output}`, or `{"y0": first, "y1": second, ...}` of several; detached."""
+    if isinstance(result, Tensor):
+        return {"y": result.detach()}
+    return {f"y{i}": y.detach() for i, y in enumerate(result)}
+
+
+def gradients_of(result: Any, inputs: Inputs, retain_graph: bool = False) -> tuple[Tensor, ...]:
+    """The gradient of each tensor of `inputs.wrt`, for the upstream gradients of `inputs`."""
+    return torch.autograd.grad(result, list(inputs.wrt.values()), inputs.upstream, retain_graph=retain_graph)
+
+
+def values(function: Callable[..., Any], inputs: Inputs, gradients: bool) -> Values:
     """What one call gives: y, and with `gradients` the gradient d<name> of each tensor of `inputs.wrt`."""
     if not gradients:
         with torch.no_grad():
-            return {"y": function(*inputs.args)}
-    y = function(*inputs.args)
-    grads = torch.autograd.grad(y, list(inputs.wrt.values()), inputs.upstream)
-    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(inputs.wrt, grads, strict=True)}}
+            return named_outputs(function(*inputs.args))
+    result = function(*inputs.args)
+    grads = gradients_of(result, inputs)
+    return {**named_outputs(result), **{f"d{name}": grad for name, grad in zip(inputs.wrt, grads, strict=True)}}
 
 
-def gold_by(function: Callable[..., Tensor]) -> Callable[[Inputs], Values]:
+def gold_by(function: Callable[..., Any]) -> Callable[[Inputs], Values]:
     """The gold of a function whose `wrt` are all among its arguments: the same function on fp64 copies."""
 
     def gold(inputs: Inputs) -> Values:
@@ -129,12 +145,14 @@ def gold_by(function: Callable[..., Tensor]) -> Callable[[Inputs], Values]:
                 wrt[names[id(arg)]] = copy.requires_grad_()
             args.append(copy)
         ordered = {name: wrt[name] for name in inputs.wrt}
-        return values(function, Inputs(tuple(args), ordered, inputs.upstream.double()), gradients=True)
+        upstream = inputs.upstream
+        doubled = upstream.double() if isinstance(upstream, Tensor) else tuple(u.double() for u in upstream)
+        return values(function, Inputs(tuple(args), ordered, doubled), gradients=True)
 
     return gold
 
 
-def compiled(function: Callable[..., Tensor], device: str = "cpu") -> Callable[..., Tensor] | Absent:
+def compiled(function: Callable[..., Any], device: str = "cpu") -> Callable[..., Any] | Absent:
     """torch.compile of the function for static shapes, or the reason why there is none here."""
     if device == "cpu" and machine.compiler() is None:
         return Absent("no C++ compiler: torch.compile needs g++ or clang++ on a CPU")

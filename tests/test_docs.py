@@ -108,4 +108,6 @@ def test_continuous_integration_runs_what_the_readme_says() -> None:
 def test_make_help_lists_every_target() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)
-    assert listed == "help setup demo test test-all lint type docs bench clean".split()
+    assert listed == (
+        "help setup demo test test-all lint type docs bench sass-report launch-report gpu-check tune clean".split()
+    )

@@ -1,83 +1,95 @@
 """rms_norm_modulate: diffusers' RMSNorm times (1 + scale), its torch.compile, and ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.work import Inputs, Work, compiled, gold_by
+from benchmarks.cases import FULL, TOKENS, WIDTH, Case, Draw, modes, work
+from benchmarks.work import Absent, Work
 from blip3o_fast import ops
 from blip3o_fast.ops.rms_norm_modulate import BACKENDS
 
-TOKENS, WIDTH = 64, 1792
+SMALL = {"tokens": 4, "width": 32}
+# As autocast makes them: fp32 residual and weight, half-precision modulation from the GEMM.
+MIXED = {"x": torch.float32, "weight": torch.float32}
 
 
-def eager(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The op sequence of diffusers' `RMSNorm` and `LuminaRMSNormZero` in the same dtype."""
-    dtype = x.dtype
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """The op sequence of diffusers' `RMSNorm`, with its roundings."""
     variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
-    y = x * torch.rsqrt(variance + 1e-5)
+    y = x * torch.rsqrt(variance + eps)
     if weight.dtype in (torch.float16, torch.bfloat16):
         y = y.to(weight.dtype)
-    y = (y * weight).to(dtype)
-    return y * (1 + scale[:, None])
+    return y * weight
 
 
-def bytes_moved(batch: int, itemsize: int) -> dict[str, int]:
+def eager(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The op sequence of diffusers' `RMSNorm` and `LuminaRMSNormZero` in the same dtype."""
+    y = rms_norm(x, weight)
+    return y if scale is None else y * (1 + scale[:, None])
+
+
+def _liger() -> Callable[..., Any] | Absent:
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    except (ImportError, OSError) as error:
+        return Absent(f"Liger-Kernel: {error}")
+
+    def run(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        y = LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", False)
+        return y if scale is None else y * (1 + scale[:, None])
+
+    return run
+
+
+def bytes_moved(batch: int, itemsize: int, tokens: int, width: int) -> dict[str, int]:
     """forward: x, weight, scale -> y. backward: dy, x, weight, scale, rstd -> dx, dweight, dscale."""
-    rows, small = batch * TOKENS * WIDTH, batch * WIDTH + WIDTH
-    forward = (2 * rows + small) * itemsize
-    backward = (3 * rows + 2 * small) * itemsize + 4 * batch * TOKENS
-    return {"forward": forward, "backward": backward, "both": forward + backward}
+    rows, small = batch * tokens * width, batch * width + width
+    return modes((2 * rows + small) * itemsize, (3 * rows + 2 * small) * itemsize + 4 * batch * tokens)
 
 
-def flops(batch: int) -> dict[str, int]:
-    """Per element, forward: x^2 and its sum 2, times rstd, times the sample's factor. backward: xhat, g, two
-    products with their sums 4, and dx 3."""
-    elements = batch * TOKENS * WIDTH
-    return {"forward": 4 * elements, "backward": 9 * elements, "both": 13 * elements}
+def case(
+    batch: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    tokens: int = TOKENS,
+    width: int = WIDTH,
+    scaled: bool = True,
+) -> Case:
+    draw = Draw(dtype, device, seed, dtypes)
+    x, weight = draw("x", batch, tokens, width), draw("weight", width, scale=0.1, shift=1)
+    # in the model, scale is one chunk of the four that one GEMM makes
+    scale = draw("scale", batch, 4 * width, scale=0.3)[:, :width] if scaled else None
+    elements = batch * tokens * width
+    return Case(
+        op="rms_norm_modulate",
+        sizes={"batch": batch, "tokens": tokens, "width": width},
+        inputs={"x": x, "weight": weight, "scale": scale},
+        upstream=(draw("y", batch, tokens, width),),
+        eager=eager,
+        ours=ops.rms_norm_modulate,
+        reference=ops.rms_norm_modulate_ref,
+        bytes_moved=bytes_moved(batch, dtype.itemsize, tokens, width),
+        # forward: x^2 and its sum 2, times rstd, times the sample's factor; backward: xhat, g, two products with their
+        # sums 4, and dx 3
+        flops=modes(4 * elements, 9 * elements),
+        chosen=BACKENDS.choose(x, weight, scale),
+        peers={"liger": _liger()},
+    )
+
+
+_QUICK = [(1, torch.float32), (4, torch.float32), (64, torch.float32)]
+_FULL = [size for size in FULL if size not in _QUICK]
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype"),
-    [
-        (1, torch.float32),
-        (4, torch.float32),
-        (64, torch.float32),
-        pytest.param(256, torch.float32, marks=pytest.mark.full),
-        pytest.param(4, torch.bfloat16, marks=pytest.mark.full),
-        pytest.param(64, torch.bfloat16, marks=pytest.mark.full),
-    ],
-    ids=str,
+    ("batch", "dtype"), [*_QUICK, *(pytest.param(*size, marks=pytest.mark.full) for size in _FULL)], ids=str
 )
 def bench_rms_norm_modulate(compare: Callable[[Work], None], bench_device: str, batch: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        return (shift + scale * torch.randn(shape, generator=generator)).to(bench_device, dtype)
-
-    def inputs() -> Inputs:
-        x, weight = draw(batch, TOKENS, WIDTH), draw(WIDTH, scale=0.1, shift=1)
-        # in the model, scale is one chunk of the four that one GEMM makes
-        scale = draw(batch, 4 * WIDTH, scale=0.3)[:, :WIDTH]
-        wrt = {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "scale": scale.requires_grad_()}
-        return Inputs((x, weight, scale), wrt, draw(batch, TOKENS, WIDTH))
-
-    sample = inputs().args
-    compare(
-        Work(
-            suite="rms_norm_modulate",
-            case={"batch": batch, "tokens": TOKENS, "width": WIDTH, "dtype": str(dtype).removeprefix("torch.")},
-            inputs=inputs,
-            providers={
-                "eager": eager,
-                "compile": compiled(eager, bench_device),
-                "ours": ops.rms_norm_modulate,
-            },
-            gold=gold_by(ops.rms_norm_modulate_ref),
-            bytes_moved=bytes_moved(batch, dtype.itemsize),
-            flops=flops(batch),
-            details={"ours": BACKENDS.choose(*sample)},
-        )
-    )
+    compare(work(case, batch, dtype, bench_device))

@@ -12,11 +12,13 @@ import torch
 from diffusers.models.normalization import RMSNorm
 
 from benchmarks import __main__ as command
-from benchmarks import model_block, rows
+from benchmarks import cases, model_block, model_step, rows
+from benchmarks.cases import OPS, module_of
 from benchmarks.harness import Settings, measure
-from benchmarks.ops import rms_norm_modulate
+from benchmarks.ops import flow_interpolate, rms_norm_modulate
 from benchmarks.work import Absent, Inputs, Work
 from blip3o_fast.models import BLIP3oConfig
+from blip3o_fast.ops._philox import normal_noise
 from blip3o_fast.testing import relative_l2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +116,7 @@ def test_list_and_bad_arguments(capsys):
     listed = capsys.readouterr().out
     assert "rms_norm_modulate" in listed and "model_block" in listed
     for arguments, message in (
-        (["--op", "rms_norm"], "no benchmark 'rms_norm'; there are: rms_norm_modulate, model_block"),
+        (["--op", "rms_norm"], "no benchmark 'rms_norm'; there are: dual_attention, "),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
         (["--seconds", "0"], "must be above 0, got 0.0"),
         (["--file", "nothing.py"], "nothing.py is not a file"),
@@ -139,8 +141,9 @@ def test_sets_name_files_that_exist():
 def check(works: list[Work], **expected: str) -> None:
     """Every provider but torch.compile, which takes long and is not ours, gives the right values."""
     for work in works:
-        providers = {name: p for name, p in work.providers.items() if name != "compile"}
-        assert not any(isinstance(p, Absent) for p in providers.values())
+        missing = {name for name, p in work.providers.items() if isinstance(p, Absent)}
+        assert missing <= work.peers  # what others made need not be installed
+        providers = {name: p for name, p in work.providers.items() if name not in {"compile", *missing}}
         work = Work(**{**vars(work), "providers": providers})
         for made, _ in measure(work, Settings(timed=False)):
             for row in made:
@@ -148,19 +151,67 @@ def check(works: list[Work], **expected: str) -> None:
                 assert row["bytes"] > 0 and row["flops"] > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_modulate(monkeypatch, dtype):
-    monkeypatch.setattr(rms_norm_modulate, "WIDTH", 96)
-    works: list[Work] = []
-    rms_norm_modulate.bench_rms_norm_modulate(works.append, "cpu", 2, dtype)
-    check(works)
-    given = works[0].inputs()
-    x, weight, scale = given.args
-    # read once, written once: exactly the tensors of the call
-    forward = sum(t.numel() for t in (x, weight, scale, given.upstream)) * dtype.itemsize
-    assert rms_norm_modulate.bytes_moved(2, dtype.itemsize)["forward"] == forward
-    backward = forward + sum(t.numel() for t in (x, weight, scale)) * dtype.itemsize + 4 * 2 * 64
-    assert rms_norm_modulate.bytes_moved(2, dtype.itemsize)["backward"] == backward
+VARIANTS = [
+    *((op, {}) for op in OPS),
+    ("flash_attention", {"masked": True}),
+    ("dual_attention", {"masked": True}),
+    ("flow_interpolate", {"seeded": True}),
+    ("flow_matching_loss", {"seeded": True}),
+    ("ode_step", {"guided": False}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "more"), VARIANTS, ids=str)
+def test_op(op, more, dtype):
+    module = module_of(op)
+    work = cases.work(module.case, 2, dtype, "cpu", compile=False, **module.SMALL, **more)
+    check([work])
+    # read once, written once: what the call is given and what it answers, in the forward
+    case = module.case(2, dtype, "cpu", **module.SMALL, **more)
+    tensors = [t for t in case.inputs.values() if t is not None]
+    tensors += {"flow_matching_loss": [], "qk_norm_rope": []}.get(op, list(case.upstream))
+    read = {"qk_norm_rope": ["rope"], "flow_matching_loss": ["data", *([] if more else ["noise"])]}.get(op, [])
+    tensors += [case.given[name] for name in read]
+    expected = sum(t.numel() * t.element_size() for t in tensors)
+    expected += case.upstream[0].numel() * dtype.itemsize if op == "qk_norm_rope" else 0
+    expected += 4 * 2 if op == "flow_interpolate" else 0  # sigma
+    assert case.bytes_moved["forward"] == expected
+
+
+def test_every_op_has_a_benchmark():
+    names = {p.stem for p in (ROOT / "blip3o_fast" / "ops").glob("*.py") if not p.stem.startswith("_")}
+    assert set(OPS) == names - {"rope_table"} == {p.stem for p in (ROOT / "benchmarks" / "ops").glob("*.py")}
+
+
+def test_a_wrong_op_breaks_the_contract(monkeypatch):
+    """Both kinds of judgement can fail: by the contract, and of a sum."""
+    for op, message in (("swiglu", "error"), ("flow_matching_loss", "y: max abs error")):
+        module = module_of(op)
+        case = module.case(2, torch.float32, **module.SMALL)
+        cases.assert_case(case)
+        with pytest.raises(AssertionError, match=message):
+            cases.assert_case(case, ours=lambda case=case, **inputs: 1.001 * case.bound(case.ours)(**inputs))
+
+
+def test_the_judge_of_sums():
+    work = cases.work(module_of("flow_matching_loss").case, 2, torch.bfloat16, "cpu", compile=False, tokens=4, width=8)
+    gold = {"y": torch.tensor(1.5).double(), "dpred": torch.randn(3).double()}
+    stock = {"y": torch.tensor(1.5 + 1e-5), "dpred": gold["dpred"].bfloat16()}
+    assert work.judge(stock, stock, gold).inexact is work.judge(stock, stock, gold).wrong is None
+    for change, kind in ((1e-6, None), (1e-4, "inexact"), (0.1, "wrong"), (torch.nan, "wrong")):
+        verdict = work.judge(stock | {"y": torch.tensor(1.5 + change)}, stock, gold)
+        assert (verdict.wrong is not None) == (kind == "wrong"), change
+        assert (verdict.inexact is not None) == (kind == "inexact"), change
+    assert work.judge(stock | {"dpred": 2 * stock["dpred"]}, stock, gold).wrong.startswith("dpred")
+
+
+def test_exact_noise_is_the_noise():
+    seed = torch.tensor([5, 17])
+    for shape in ((3, 5, 7), (0, 4, 4), (2, 64)):
+        exact = flow_interpolate.exact_noise(seed, shape)
+        assert exact.dtype == torch.float64 and exact.shape == shape
+        torch.testing.assert_close(exact, normal_noise(seed, shape).double(), rtol=0, atol=2e-6)
 
 
 def test_rms_norm_modulate_eager_is_diffusers(monkeypatch):
@@ -185,6 +236,27 @@ def test_model_block(monkeypatch):
     attention = 4 * 2 * config.num_tokens * config.hidden_size * (config.num_tokens + model_block.CONTEXT_TOKENS)
     expected = model_block.flops(config, 2)["forward"]
     assert counter.get_total_flops() in (expected, expected - attention)
+
+
+def test_model_step():
+    config = BLIP3oConfig.preset("tiny")
+    for dtype in (torch.float32, torch.bfloat16):
+        work = model_step.work(2, dtype, "cpu", config, compile=False)
+        assert "ours, condition prepared" in work.providers
+        check([work])
+
+
+def test_model_block_in_half_precision():
+    config = BLIP3oConfig.preset("tiny", num_layers=1)
+    work = model_block.work(2, torch.bfloat16, "cpu", config, compile=False)
+    check([work])
+    given = work.inputs()
+    gold = work.gold(given)
+    stock = {name: value.bfloat16() for name, value in gold.items()}
+    for name in ("y", "dgate", "dattn1.to_q.weight"):
+        broken = stock | {name: (1.2 * gold[name]).bfloat16()}
+        assert work.judge(stock, stock, gold).inexact is None
+        assert work.judge(broken, stock, gold).inexact.startswith(f"{name}: |value - gold|")
 
 
 def test_model_blocks_gold_is_stocks_sequence_in_fp64(monkeypatch):
