@@ -5,6 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from blip3o_fast.ops import _triton
 from blip3o_fast.ops._backend import Backends, use_backend
 from blip3o_fast.ops._switch import Switch
 
@@ -54,6 +55,17 @@ def choose(
         reason = attention_implementations()[use_attention.active]
         raise RuntimeError(f"attention implementation {use_attention.active!r} cannot run {backends.op}: {reason}")
     return use_attention.active
+
+
+# What one program of the triton kernels holds of a head.
+_TRITON_HEAD_DIM = 128
+
+
+def triton_refusal(x: Tensor, *others: Tensor | None) -> str | None:
+    """None where the triton attention kernels can run on these tensors, else the reason; x: [..., d]."""
+    if x.shape[-1] > _TRITON_HEAD_DIM:
+        return f"its triton kernel takes heads of up to {_TRITON_HEAD_DIM}, got {int(x.shape[-1])}"
+    return _triton.refusal(x, *others)
 
 
 # CPU milliseconds of dual_attention, forward / forward and backward, [16, 64, 28, 64] on one core with AVX-512, PyTorch

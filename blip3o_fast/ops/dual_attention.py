@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _attention, _checks
+from blip3o_fast.ops import _attention, _checks, _triton
 from blip3o_fast.ops import _softmax_blocks as softmax_blocks
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
@@ -154,11 +154,44 @@ def _backward_reference(
     return dqkq, dv1, dk2, dv2, dgate.mul_(1 - g.square()).to(gate.dtype)
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    qkq: Tensor,
+    v1: Tensor,
+    k2: Tensor,
+    v2: Tensor,
+    gate: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _forward_fake(qkq, v1, k2, v2, gate, mask, scale, dtype, "triton")
+    _triton.kernels("dual_attention").forward(qkq, v1, k2, v2, gate, mask, scale, out)
+    return out
+
+
+def _backward_triton(
+    dout: Tensor,
+    qkq: Tensor,
+    v1: Tensor,
+    k2: Tensor,
+    v2: Tensor,
+    gate: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _backward_fake(dout, qkq, v1, k2, v2, gate)
+    _triton.kernels("dual_attention").backward(dout, qkq, v1, k2, v2, gate, mask, scale, *gradients)
+    return gradients
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("dual_attention")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("dual_attention", triton=_attention.triton_refusal)
 
 
 def _forward(qkq: Tensor, *args: Any) -> Tensor:

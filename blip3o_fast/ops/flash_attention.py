@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _attention, _checks
+from blip3o_fast.ops import _attention, _checks, _triton
 from blip3o_fast.ops import _softmax_blocks as softmax_blocks
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
@@ -105,11 +105,28 @@ def _backward_reference(
     return dq, dk, dv
 
 
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    out = _forward_fake(q, k, v, mask, scale, dtype, "triton")
+    _triton.kernels("flash_attention").forward(q, k, v, mask, scale, out)
+    return out
+
+
+def _backward_triton(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _backward_fake(dout, q, k, v, mask, scale, "triton")
+    _triton.kernels("flash_attention").backward(dout, q, k, v, mask, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference}
-_BACKWARD = {"reference": _backward_reference}
-BACKENDS = Backends("flash_attention")
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
+BACKENDS = Backends("flash_attention", triton=_attention.triton_refusal)
 
 
 def _forward(q: Tensor, *args: Any) -> Tensor:

@@ -6,9 +6,11 @@ import re
 import pytest
 import torch
 
+from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import attention_implementations, dual_attention, flash_attention, use_attention, use_backend
 
 ATTENTION = importlib.import_module("blip3o_fast.ops._attention")
+BACKEND = importlib.import_module("blip3o_fast.ops._backend")
 FLASH = importlib.import_module("blip3o_fast.ops.flash_attention")
 
 
@@ -102,4 +104,27 @@ def test_the_name_counts_more_than_the_backend(computed):
 @pytest.mark.parametrize("name", ["triton", "cuda", "cpu"])
 def test_a_backend_by_name_is_not_replaced(name):
     with use_backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' cannot run flash_attention"):
+        attend(torch.float64)
+
+
+def test_triton_by_name_runs(computed):
+    with use_backend("triton"), recording() as launches:
         attend()
+    assert [launch.name for launch in launches] == ["flash_attention_fwd"]
+    assert computed == []
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_auto_takes_triton_where_it_runs(computed, monkeypatch, dtype, requires_grad):
+    """On a GPU, that is; here the interpreter stands in for it. What triton refuses goes on as without it."""
+    monkeypatch.setitem(BACKEND._PREFERRED, "cpu", ("triton",))
+    with recording() as launches:
+        attend(dtype, requires_grad)
+    if dtype == torch.float64:
+        assert (len(launches), computed) == (0, ["sdpa"])
+    else:
+        assert ([launch.name for launch in launches], computed) == (["flash_attention_fwd"], [])
+        with use_attention("sdpa"):
+            attend(dtype, requires_grad)
+        assert (len(launches), computed) == (1, ["sdpa"])

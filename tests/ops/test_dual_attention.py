@@ -9,6 +9,8 @@ from diffusers.models.attention_processor import Attention, LuminaAttnProcessor2
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from blip3o_fast.kernels._attention_tiles import attention_config
+from blip3o_fast.kernels._launch import assumed_capability, recording
 from blip3o_fast.ops import dual_attention, dual_attention_ref, qk_norm_rope, rope_table, use_attention, use_backend
 from blip3o_fast.testing import assert_contract
 
@@ -24,7 +26,13 @@ SHAPES = [(2, 64, 64, 4, 4, 64), (1, 6, 77, 6, 2, 72), (3, 1, 257, 3, 1, 20), (2
 NAMES = ("y", "dqkq", "dv1", "dk2", "dv2", "dgate")
 
 
-@pytest.fixture(params=["reference", "sdpa"])
+TILE_KERNELS = ["dual_attention_tile_fwd", "dual_attention_tile_bwd", "dual_attention_bwd_gate"]
+LOOP_KERNELS = [
+    "dual_attention_fwd", "dual_attention_bwd_queries", "dual_attention_bwd_keys", "dual_attention_bwd_gate"
+]  # fmt: skip
+
+
+@pytest.fixture(params=["reference", "sdpa", "triton"])
 def implementation(request):
     """Run the test once with each implementation that works here."""
     with use_attention("sdpa") if request.param == "sdpa" else use_backend(request.param):
@@ -43,6 +51,12 @@ def inputs(shape, dtypes=(torch.float32,) * 5) -> list[Tensor]:
 
 def upstream(shape, dtype=torch.float32) -> Tensor:
     return torch.randn(*shape[:2], shape[3] * shape[5]).to(dtype)
+
+
+def one_group(shape):
+    """One sample and one key head: what the interpreter has time for."""
+    _, tokens, context, heads, key_heads, dim = shape
+    return 1, tokens, context, heads // key_heads, 1, dim
 
 
 def some_seen(batch: int, context: int) -> Tensor:
@@ -138,6 +152,7 @@ def test_is_diffusers_block(implementation, heads, key_heads, base_sequence_leng
 @pytest.mark.parametrize("dtypes", [*[(d,) * 5 for d in DTYPES], MIXED, MIXED_CONTEXT], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_contract(implementation, shape, dtypes, masked):
+    shape = one_group(shape) if implementation == "triton" else shape
     args, dy = inputs(shape, dtypes), upstream(shape, dtypes[0])
     mask = some_seen(shape[0], shape[2]) if masked else None
     ours = run(dual_attention, args, dy, mask=mask, scale=0.2)
@@ -146,6 +161,7 @@ def test_contract(implementation, shape, dtypes, masked):
     check_contract(args, dy, ours, mask=mask, scale=0.2)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"], indirect=True)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(implementation, masked):
     args = [a.double().requires_grad_() for a in inputs((2, 3, 4, 4, 2, 2))]
@@ -166,15 +182,16 @@ def test_gradients_at_a_closed_gate(implementation):
 
 
 def test_a_sample_without_context_gets_none(implementation):
-    shape = (3, 4, 6, 4, 2, 8)
+    # many heads: dgate has one number for each, and stock's error of a few numbers may be zero by luck
+    shape = (3, 4, 6, 16, 8, 8)
     args, dy, mask = inputs(shape), upstream(shape), some_seen(3, 6)
     mask[1] = False
     ours = run(dual_attention, args, dy, mask=mask)
     alone = [a[1:2] for a in args[:-1]]
-    closed = run(dual_attention, [*alone, torch.zeros(4)], dy[1:2])
+    closed = run(dual_attention, [*alone, torch.zeros(16)], dy[1:2])
     assert torch.equal(ours["y"][1], closed["y"][0])
-    assert torch.equal(ours["dqkq"][1, :, :6], closed["dqkq"][0, :, :6])
-    for value in (ours["dqkq"][1, :, 6:], ours["dk2"][1], ours["dv2"][1]):
+    assert torch.equal(ours["dqkq"][1, :, :24], closed["dqkq"][0, :, :24])
+    for value in (ours["dqkq"][1, :, 24:], ours["dk2"][1], ours["dv2"][1]):
         assert torch.equal(value, torch.zeros_like(value))
     check_contract(
         [*(a[[0, 2]] for a in args[:-1]), args[-1]],
@@ -183,7 +200,7 @@ def test_a_sample_without_context_gets_none(implementation):
         mask=mask[[0, 2]],
     )
     nothing = run(dual_attention, args, dy, mask=torch.zeros_like(mask))
-    assert torch.equal(nothing["dgate"], torch.zeros(4))
+    assert torch.equal(nothing["dgate"], torch.zeros(16))
 
 
 def test_a_mask_that_hides_nothing_changes_nothing():
@@ -232,8 +249,8 @@ def test_no_samples(implementation):
 
 
 def test_deterministic(implementation):
-    shape = (3, 33, 65, 4, 2, 16)
-    args, dy, mask = inputs(shape), upstream(shape), some_seen(3, 65)
+    shape = (1, 33, 65, 2, 1, 16) if implementation == "triton" else (3, 33, 65, 4, 2, 16)
+    args, dy, mask = inputs(shape), upstream(shape), some_seen(shape[0], 65)
     for given in (None, mask):
         first, second = (run(dual_attention, args, dy, mask=given) for _ in range(2))
         for name, value in first.items():
@@ -253,7 +270,7 @@ def test_compile_does_not_recompile_per_batch(implementation, masked):
     compiled = torch.compile(dual_attention, fullgraph=True, backend=counter)
     torch._dynamo.reset()
     for batch in (2, 3, 4, 5):
-        shape = (batch, 4, 5, 4, 2, 8)
+        shape = (batch, 4, 5, 2, 1, 8) if implementation == "triton" else (batch, 4, 5, 4, 2, 8)
         args, dy, mask = inputs(shape), upstream(shape), some_seen(batch, 5) if masked else None
         ours, plain = (run(f, args, dy, mask=mask) for f in (compiled, dual_attention))
         for name, value in ours.items():
@@ -293,8 +310,15 @@ def test_extremes_stay_finite(implementation, dtype):
 
 def test_names_what_cannot_run():
     args = inputs((1, 2, 2, 1, 1, 4))
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run dual_attention"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run dual_attention: it has no cuda kernel yet"):
         dual_attention(*args)
+    with use_backend("triton"):
+        with pytest.raises(
+            RuntimeError, match="its triton kernel takes float32, bfloat16 and float16, got torch.float64"
+        ):
+            dual_attention(*(a.double() for a in args))
+        with pytest.raises(RuntimeError, match="its triton kernel takes heads of up to 128, got 136"):
+            dual_attention(*inputs((1, 2, 2, 1, 1, 136)))
 
 
 def test_second_derivatives_and_transforms_are_refused():
@@ -321,3 +345,129 @@ def test_every_combination_of_needed_gradients():
             y.backward(dy)
         for leaf, name in zip(leaves, NAMES[1:], strict=True):
             assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, full[name])
+
+
+# ---- triton: every path of its kernels, each told by the kernels that were launched ---------------------------------
+
+
+def triton_stock_gold(shape, dtypes, masked: bool, kernels: list[str], gate: Tensor | None = None):
+    """The results of triton, whose launched kernels are asserted, of stock, and of the reference in fp64."""
+    args, dy = inputs(shape, dtypes), upstream(shape, dtypes[0])
+    args[-1] = args[-1] if gate is None else gate.to(dtypes[-1])
+    settings = {"mask": some_seen(shape[0], shape[2]) if masked else None, "scale": 0.2}
+    with use_backend("triton"), recording() as launches:
+        ours = run(dual_attention, args, dy, **settings)
+    assert [launch.name for launch in launches] == kernels
+    gold = run(dual_attention_ref, [a.double() for a in args], dy.double(), **settings)
+    return ours, run(eager, args, dy, **settings), gold
+
+
+def check_triton(*case) -> dict[str, Tensor]:
+    ours, stock, gold = triton_stock_gold(*case)
+    for name, value in ours.items():
+        assert_contract(value, stock[name], gold[name], name)
+    return ours
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("masked", "dim"), [(False, 16), (True, 64), (False, 128)])
+def test_triton_tile(capability, dtype, masked, dim):
+    """64 tokens and 64 of context, whole tiles and 16 rows at a time, with groups of two query heads."""
+    with assumed_capability(capability):
+        check_triton((1, 64, 64, 4, 2, dim), (dtype,) * 5, masked, TILE_KERNELS)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_tile_in_full_precision(monkeypatch, capability):
+    """What half precision would round away: fp32 takes small tiles, so its way into the large one is forced."""
+    module = importlib.import_module("blip3o_fast.kernels.dual_attention")
+    monkeypatch.setattr(module, "is_tile", lambda tokens, context, dim, *dtypes: True)
+    half = attention_config("tile.backward", head_dim=32, full_precision=False, capability=capability)
+    monkeypatch.setattr(module, "attention_config", lambda *args, **settings: half)
+    check_triton((1, 64, 64, 2, 1, 32), (torch.float32,) * 5, True, TILE_KERNELS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_triton_head_sizes(dtype):
+    gates = []
+    for dim in (6, 32, 48, 64, 72, 80, 96, 128):
+        results = triton_stock_gold((1, 17, 35, 2, 1, dim), (dtype,) * 5, True, LOOP_KERNELS)
+        # one number per head: stock's error of two of them may be zero by luck, so those of all sizes are judged as one
+        gates.append([result.pop("dgate") for result in results])
+        for name, value in results[0].items():
+            assert_contract(value, *(other[name] for other in results[1:]), f"{name} of heads of {dim}")
+    assert_contract(*(torch.cat(gate) for gate in zip(*gates, strict=True)), "dgate")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "tokens", "context"), [(torch.bfloat16, 130, 77), (torch.float32, 33, 65)], ids=str)
+def test_triton_lengths(capability, dtype, tokens, context):
+    """Several tiles of queries and of keys, the last of each cut off, two samples and groups of two."""
+    with assumed_capability(capability):
+        check_triton((2, tokens, context, 2, 1, 16), (dtype,) * 5, True, LOOP_KERNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_triton_long(dtype):
+    tokens = 4096 if dtype == torch.bfloat16 else 1024
+    check_triton((1, tokens, 257, 1, 1, 32), (dtype,) * 5, False, LOOP_KERNELS)
+
+
+@pytest.mark.parametrize(("tokens", "kernels"), [(64, TILE_KERNELS), (20, LOOP_KERNELS)])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_triton_gates_of_a_group(dtype, tokens, kernels):
+    """A small gate beside a large one, and a group whose gates are all too small for products in half precision."""
+    gate = torch.tensor([2.0, -1e-3, 1e-6, -2e-6, 0.0, 0.0])
+    ours = check_triton((1, tokens, tokens, 6, 3, 16), (dtype,) * 4 + (torch.float32,), False, kernels, gate)
+    for value in (ours["dk2"][:, :, 2], ours["dv2"][:, :, 2], ours["dqkq"][:, :, 13:]):
+        assert torch.equal(value, torch.zeros_like(value))
+    if dtype == torch.bfloat16:
+        assert (ours["dv2"][:, :, 1] != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("masked_sample", [0, 1])
+def test_triton_tile_without_context(masked_sample):
+    shape, dtype = (2, 64, 64, 2, 1, 16), torch.bfloat16
+    args, dy, mask = inputs(shape, (dtype,) * 5), upstream(shape, dtype), some_seen(2, 64)
+    mask[masked_sample] = False
+    with use_backend("triton"), recording() as launches:
+        ours = run(dual_attention, args, dy, mask=mask)
+        closed = run(dual_attention, [*args[:-1], torch.zeros(2, dtype=dtype)], dy)
+    assert [launch.name for launch in launches] == 2 * TILE_KERNELS
+    assert torch.equal(ours["y"][masked_sample], closed["y"][masked_sample])
+    for value in (ours["dqkq"][:, :, 3:], ours["dk2"], ours["dv2"]):
+        assert torch.equal(value[masked_sample], torch.zeros_like(value[masked_sample]))
+    check_contract(
+        [*(a[[1 - masked_sample]] for a in args[:-1]), args[-1]],
+        dy[[1 - masked_sample]],
+        {n: t if n == "dgate" else t[[1 - masked_sample]] for n, t in ours.items()},
+        mask=mask[[1 - masked_sample]],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "context"), [(1, 5), (5, 1), (1, 1)])
+def test_triton_with_one_key(dtype, tokens, context):
+    """The softmax of one score is 1: the gradients of its queries and keys are zero, not the rounding of zero."""
+    shape = (2, tokens, context, 2, 1, 8)
+    args, dy = inputs(shape, (dtype,) * 5), upstream(shape, dtype)
+    with use_backend("triton"):
+        ours = run(dual_attention, args, dy)
+    zeros = []
+    if tokens == 1:
+        zeros += [ours["dqkq"][:, :, :3]]
+    if context == 1:
+        zeros += [ours["dqkq"][:, :, 3:], ours["dk2"]]
+    for value in zeros:
+        assert torch.equal(value, torch.zeros_like(value))
+    check_contract(args, dy, ours)
+
+
+def test_triton_gate_sums_of_many_samples():
+    """More partial sums than one step of the finalising kernel takes: only that kernel, its sums given."""
+    kernels = importlib.import_module("blip3o_fast.kernels.dual_attention")
+    sums, gate, dgate = torch.randn(600, 5), torch.randn(5), torch.empty(5)
+    kernels.finish_gate(sums, gate, dgate)
+    torch.testing.assert_close(dgate, sums.sum(0) * (1 - gate.tanh() ** 2), rtol=1e-5, atol=1e-5)

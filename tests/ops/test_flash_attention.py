@@ -9,6 +9,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blip3o_fast.kernels._attention_tiles import attention_config
+from blip3o_fast.kernels._launch import assumed_capability, recording
 from blip3o_fast.ops import flash_attention, flash_attention_ref, use_attention, use_backend
 from blip3o_fast.testing import assert_contract
 
@@ -22,7 +24,11 @@ SHAPES = [(2, 64, 64, 4, 4, 64), (1, 5, 77, 6, 2, 72), (3, 1, 257, 3, 1, 20), (2
 NAMES = ("y", "dq", "dk", "dv")
 
 
-@pytest.fixture(params=["reference", "sdpa"])
+TILE_KERNELS = ["flash_attention_tile_fwd", "flash_attention_tile_bwd"]
+LOOP_KERNELS = ["flash_attention_fwd", "flash_attention_bwd_queries", "flash_attention_bwd_keys"]
+
+
+@pytest.fixture(params=["reference", "sdpa", "triton"])
 def implementation(request):
     """Run the test once with each implementation that works here."""
     with use_attention("sdpa") if request.param == "sdpa" else use_backend(request.param):
@@ -35,6 +41,12 @@ def inputs(shape, dtypes=(torch.float32,) * 3) -> list[Tensor]:
         torch.randn(batch, n, h, dim).to(dtype)
         for n, h, dtype in zip((tokens, context, context), (heads, key_heads, key_heads), dtypes, strict=True)
     ]
+
+
+def one_group(shape):
+    """One sample and one key head: what the interpreter has time for."""
+    _, tokens, context, heads, key_heads, dim = shape
+    return 1, tokens, context, heads // key_heads, 1, dim
 
 
 def some_seen(batch: int, context: int) -> Tensor:
@@ -88,6 +100,7 @@ def test_reference_is_pytorchs(masked, scale):
 @pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_contract(implementation, shape, dtypes, masked):
+    shape = one_group(shape) if implementation == "triton" else shape
     args, dy = inputs(shape, dtypes), torch.randn(*shape[:2], shape[3], shape[5]).to(dtypes[0])
     mask = some_seen(shape[0], shape[2]) if masked else None
     ours = run(flash_attention, args, dy, mask=mask)
@@ -96,6 +109,7 @@ def test_contract(implementation, shape, dtypes, masked):
     check_contract(args, dy, ours, mask=mask)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"], indirect=True)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(implementation, masked):
     args = [a.double().requires_grad_() for a in inputs((2, 3, 4, 4, 2, 3))]
@@ -180,7 +194,9 @@ def test_no_samples_and_no_queries(implementation):
 
 
 def test_deterministic(implementation):
-    args, dy, mask = inputs((3, 33, 65, 4, 2, 16)), torch.randn(3, 33, 4, 16), some_seen(3, 65)
+    batch, heads = (1, 2) if implementation == "triton" else (3, 4)
+    args, dy = inputs((batch, 33, 65, heads, heads // 2, 16)), torch.randn(batch, 33, heads, 16)
+    mask = some_seen(batch, 65)
     for given in (None, mask):
         first, second = (run(flash_attention, args, dy, mask=given) for _ in range(2))
         for name, value in first.items():
@@ -200,7 +216,8 @@ def test_compile_does_not_recompile_per_batch(implementation, masked):
     compiled = torch.compile(flash_attention, fullgraph=True, backend=counter)
     torch._dynamo.reset()
     for batch in (2, 3, 4, 5, 6):
-        args, dy = inputs((batch, 4, 5, 4, 2, 8)), torch.randn(batch, 4, 4, 8)
+        heads = 2 if implementation == "triton" else 4
+        args, dy = inputs((batch, 4, 5, heads, heads // 2, 8)), torch.randn(batch, 4, heads, 8)
         mask = some_seen(batch, 5) if masked else None
         ours, plain = (run(f, args, dy, mask=mask) for f in (compiled, flash_attention))
         for name, value in ours.items():
@@ -239,8 +256,18 @@ def test_extremes_stay_finite(implementation, dtype):
 
 def test_names_what_cannot_run():
     args = inputs((1, 2, 2, 1, 1, 4))
-    with use_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run flash_attention"):
+    with (
+        use_backend("cuda"),
+        pytest.raises(RuntimeError, match="cannot run flash_attention: it has no cuda kernel yet"),
+    ):
         flash_attention(*args)
+    with use_backend("triton"):
+        with pytest.raises(
+            RuntimeError, match="its triton kernel takes float32, bfloat16 and float16, got torch.float64"
+        ):
+            flash_attention(*(a.double() for a in args))
+        with pytest.raises(RuntimeError, match="its triton kernel takes heads of up to 128, got 136"):
+            flash_attention(*inputs((1, 2, 2, 1, 1, 136)))
 
 
 def test_second_derivatives_and_transforms_are_refused():
@@ -266,3 +293,100 @@ def test_every_combination_of_needed_gradients(implementation):
             y.backward(dy)
         for leaf, name in zip(leaves, NAMES[1:], strict=True):
             assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, full[name])
+
+
+# ---- triton: every path of its kernels, each told by the kernels that were launched ---------------------------------
+
+
+def check_triton(shape, dtypes, masked: bool, kernels: list[str]) -> None:
+    args, dy = inputs(shape, dtypes), torch.randn(*shape[:2], shape[3], shape[5]).to(dtypes[0])
+    mask = some_seen(shape[0], shape[2]) if masked else None
+    with use_backend("triton"), recording() as launches:
+        ours = run(flash_attention, args, dy, mask=mask)
+    assert [launch.name for launch in launches] == kernels
+    check_contract(args, dy, ours, mask=mask)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("masked", "dim"), [(False, 16), (True, 64), (False, 128)])
+def test_triton_tile(capability, dtype, masked, dim):
+    """64 tokens, whole tiles and 16 rows at a time, with groups of two query heads."""
+    with assumed_capability(capability):
+        check_triton((2, 64, 64, 4, 2, dim), (dtype,) * 3, masked, TILE_KERNELS)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_tile_in_full_precision(monkeypatch, capability):
+    """What half precision would round away: fp32 takes small tiles, so its way into the large one is forced."""
+    module = importlib.import_module("blip3o_fast.kernels.flash_attention")
+    monkeypatch.setattr(module, "is_tile", lambda tokens, context, dim, *dtypes: True)
+    half = attention_config("tile.backward", head_dim=32, full_precision=False, capability=capability)
+    monkeypatch.setattr(module, "attention_config", lambda *args, **settings: half)
+    check_triton((1, 64, 64, 2, 1, 32), (torch.float32,) * 3, True, TILE_KERNELS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dim", [6, 32, 48, 64, 72, 80, 96, 128])
+def test_triton_head_sizes(dtype, dim):
+    check_triton((1, 17, 35, 2, 1, dim), (dtype,) * 3, True, LOOP_KERNELS)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "tokens", "context"), [(torch.bfloat16, 130, 257), (torch.float32, 33, 77)], ids=str)
+def test_triton_lengths(capability, dtype, tokens, context):
+    """Several tiles of queries and of keys, the last of each cut off, two samples and groups of two."""
+    with assumed_capability(capability):
+        check_triton((2, tokens, context, 2, 1, 16), (dtype,) * 3, True, LOOP_KERNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_triton_long(dtype):
+    tokens = 4096 if dtype == torch.bfloat16 else 1024
+    check_triton((1, tokens, tokens, 1, 1, 32), (dtype,) * 3, False, LOOP_KERNELS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_with_one_key(dtype):
+    """The softmax of one score is 1: dq and dk are zero and not the rounding of zero."""
+    args, dy = inputs((2, 70, 1, 2, 1, 8), (dtype,) * 3), torch.randn(2, 70, 2, 8).to(dtype)
+    with use_backend("triton"):
+        ours = run(flash_attention, args, dy)
+    assert torch.equal(ours["y"], args[2].expand(2, 70, 2, 8))
+    for name in ("dq", "dk"):
+        assert torch.equal(ours[name], torch.zeros_like(ours[name])), name
+    check_contract(args, dy, ours)
+
+
+def test_triton_reads_packed_heads_and_others_alike():
+    """Heads side by side, whose distance is known when compiling, and heads at any distance: the same bits."""
+    q, k, v = inputs((2, 9, 9, 4, 2, 16))
+    apart = [torch.cat((a, a), -1)[..., :16] for a in (q, k, v)]
+    dy = torch.randn(2, 9, 4, 16)
+    with use_backend("triton"), recording() as launches:
+        first, second = run(flash_attention, [q, k, v], dy), run(flash_attention, apart, dy)
+    assert [launch.constants["PACKED"] for launch in launches] == [True] * 3 + [False] * 3
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("kernel", ["tile.forward", "tile.backward", "forward", "query_gradients", "key_gradients"])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("head_dim", [6, 16, 64, 72, 128])
+def test_attention_config(kernel, capability, head_dim):
+    for full_precision in (False, True):
+        config = attention_config(kernel, head_dim=head_dim, full_precision=full_precision, capability=capability)
+        assert config.num_warps in (4, 8)
+        assert {config.queries, config.keys} <= {16, 32, 64}, "a product takes 16 rows at least"
+        # both operands of a tile of keys, staged, and those of the queries
+        held = (
+            (2 * config.num_stages * config.keys + 2 * config.queries)
+            * max(16, head_dim)
+            * (4 if full_precision else 2)
+        )
+        assert held <= (99 if capability < 100 or capability >= 120 else 227) * 1024
+        if full_precision:
+            assert max(config.queries, config.keys) < 64, "from 64 rows on sm_100 may multiply fp32 in TF32"
+    tile = attention_config("tile.backward", head_dim=64, full_precision=False, capability=capability)
+    assert tile.queries == (64 if capability in (90, 100, 103) else 16)
