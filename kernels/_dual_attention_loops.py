@@ -118,8 +118,9 @@ def dual_attention_bwd_queries(
     sums = delta2
     if COMPUTE2 == tl.float32:
         tl.debug_barrier()
+        q3 = load_rows(q2_ptr, rows, stride_xt, real, D, BLOCK_D, False, COMPUTE2)
         cross = attend(
-            load_rows(q2_ptr, rows, stride_xt, real, D, BLOCK_D, False, COMPUTE2), k2_ptr, v2_ptr, mask_ptr, context, stride_k2t, stride_v2t, score2,
+            q3, k2_ptr, v2_ptr, mask_ptr, context, stride_k2t, stride_v2t, score2,
             D, BLOCK_D, QUERIES, KEYS, MASKED, COMPUTE2, PRECISION,
         )  # fmt: skip
         dout3 = load_rows(dout_ptr, rows, stride_ot, real, D, BLOCK_D, False, COMPUTE2)
