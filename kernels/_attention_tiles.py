@@ -57,8 +57,10 @@ def attention_config(kernel: str, *, head_dim: int, full_precision: bool, capabi
         stages = 1 if wide and not wgmma else 2
         config = AttentionConfig(num_warps=8 if wide else 4, queries=64, keys=64, num_stages=stages)
     elif wgmma:
-        stages = 1 if wide and kernel == "key_gradients" and capability >= 100 else 2
-        config = AttentionConfig(num_warps=8, queries=64, keys=64, num_stages=stages)
+        # heads above 64 leave too few registers (sm_90) or too little shared memory (sm_100) for more
+        crowded, hopper = wide and kernel == "key_gradients", capability // 10 == 9
+        queries, stages = (32 if crowded and hopper else 64), (1 if crowded and not hopper else 2)
+        config = AttentionConfig(num_warps=8, queries=queries, keys=64, num_stages=stages)
     else:
         config = AttentionConfig(num_warps=8, queries=64, keys=32, num_stages=2)
     return replace(config, **tuned(f"attention.{kernel}", head_dim, capability))

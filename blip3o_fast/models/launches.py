@@ -54,27 +54,27 @@ def fake_model(config: BLIP3oConfig, dtype: torch.dtype) -> BLIP3oDiT:
 def _train(model: BLIP3oDiT, batch: int, masked: bool, autocast: torch.dtype | None, dtype: torch.dtype) -> None:
     config = model.config
     # As the trainer has them: features in fp32, the condition in the weights' dtype.
-    data = _tensor(batch, config.num_tokens, config.in_channels, dtype=torch.float32)
+    data = _tensor(batch, config.sample_size**2, config.in_channels, dtype=torch.float32)
     condition = _tensor(batch, config.num_tokens, config.cross_attention_dim, dtype=dtype)
     mask = _tensor(batch, config.num_tokens, dtype=torch.bool) if masked else None
     sigma, seed = _tensor(batch, dtype=torch.float32), _tensor(2, dtype=torch.int64)
     x_t = ops.flow_interpolate(data, sigma, seed=seed)
     with _autocast(autocast):
         prediction = model(x_t if autocast else x_t.to(dtype), 1000 * sigma, condition, mask)
-    loss, _ = ops.flow_matching_loss(prediction, data, sigma, seed=seed)
+    loss, _ = ops.flow_matching_loss(prediction[..., : config.in_channels], data, sigma, seed=seed)
     loss.backward()
 
 
 def _sample(model: BLIP3oDiT, batch: int, masked: bool, autocast: torch.dtype | None, dtype: torch.dtype) -> None:
     config = model.config
-    x = _tensor(batch, config.num_tokens, config.in_channels, dtype=torch.float32)
+    x = _tensor(batch, config.sample_size**2, config.in_channels, dtype=torch.float32)
     condition = _tensor(2 * batch, config.num_tokens, config.cross_attention_dim, dtype=dtype)
     mask = _tensor(2 * batch, config.num_tokens, dtype=torch.bool) if masked else None
     number = _tensor(dtype=torch.float32)
     with torch.no_grad(), _autocast(autocast):
         prepared = model.prepare_condition(condition, mask)
         both = torch.cat([x, x])
-        v = model(both if autocast else both.to(dtype), number.expand(2 * batch), prepared)
+        v = model(both if autocast else both.to(dtype), number.expand(2 * batch), prepared)[..., : config.in_channels]
         ops.ode_step(x, v[batch:], v[:batch], number, number)
         ops.ode_step(x, v[batch:], None, None, number)
 
