@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from blip3o_fast.kernels._launch import recording
 from blip3o_fast.models.config import BLIP3oConfig
+from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.ops import use_backend
 
 OUTPUT_TOLERANCE = 1e-5
@@ -120,6 +121,24 @@ def test_equals_diffusers_on_triton(case: str, stock_pair: Any, inputs: Any) -> 
     ops = {launch.module for launch in launches}
     expected = {"qk_norm_rope", "dual_attention", "gated_residual_modulate", "gated_residual", "swiglu"}
     assert expected | {"rms_norm_modulate", "layer_norm_modulate", "_sample_sums"} <= ops
+
+
+def test_compiles_whole_on_triton(inputs: Any) -> None:
+    """`torch.compile(fullgraph=True)`, forward and backward: the bits of the model that is not compiled."""
+    config = tiny(num_layers=2)
+    model = BLIP3oDiT(config)
+    call = (*inputs(config, batch=2, height=2, width=2), None, None)
+    parameters = dict(model.named_parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with use_backend("triton"):
+        out, grads, upstream = gradients(model, parameters, call, None)
+        with recording() as launches:
+            compiled_out, compiled_grads, _ = gradients(compiled, parameters, call, upstream)
+    assert {"dual_attention_bwd_gate", "gated_residual_modulate_bwd"} <= {launch.name for launch in launches}
+    assert torch.equal(compiled_out, out)
+    for name, grad in grads.items():
+        assert torch.equal(compiled_grads[name], grad), name
 
 
 @pytest.mark.slow
