@@ -4,10 +4,12 @@ IMAGES ?=
 ENCODERS ?=
 FLAGS ?=
 # Python of a machine with a GPU: its own where it has PyTorch for it, else that of .venv.
-GPU_PYTHON ?= $(shell python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo python3 || echo .venv/bin/python)
+GPU_PYTHON ?= $(shell python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo python3 || \
+	{ test -x .venv/bin/python && echo .venv/bin/python; } || echo python3)
 DEMO_FLAGS := $(if $(IMAGES),--images "$(IMAGES)") $(if $(ENCODERS),--encoders $(ENCODERS)) $(FLAGS)
 # Two workers with one thread each beat one worker with two threads on the small shapes of the tests.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+# The interpreter also where there is a GPU, which `make gpu-check` is for: the tests give kernels CPU tensors.
+PYTEST := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 # A change in any of these brings the environment (or only the extension) up to date.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard scripts/*.sh) $(shell find csrc -type f)
 

@@ -146,6 +146,7 @@ def warmup(
     training: Annotated[
         bool, typer.Option("--training/--no_training", help="Also the kernels of the backward pass and the loss.")
     ] = True,
+    context_tokens: Annotated[int, option("context_tokens", "Tokens of the context; 0: as the network's grid.")] = 0,
 ) -> None:
     """Compile the kernels of a network into Triton's cache (TRITON_CACHE_DIR), with or without a GPU.
 

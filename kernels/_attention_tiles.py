@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_fast.kernels._config import next_power_of_2, tuned
+from blip3o_fast.kernels import _config
+from blip3o_fast.kernels._config import next_power_of_2
 from blip3o_fast.kernels._launch import with_unit_stride
 from blip3o_fast.kernels._tl import tanh
 
@@ -63,7 +64,7 @@ def attention_config(kernel: str, *, head_dim: int, full_precision: bool, capabi
         config = AttentionConfig(num_warps=8, queries=queries, keys=64, num_stages=stages)
     else:
         config = AttentionConfig(num_warps=8, queries=64, keys=32, num_stages=2)
-    return replace(config, **tuned(f"attention.{kernel}", head_dim, capability))
+    return replace(config, **_config.tuned(f"attention.{kernel}", head_dim, capability))
 
 
 def block_of(head_dim: int) -> int:
@@ -86,7 +87,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def precision(*dtypes: torch.dtype) -> str:
     """How fp32 operands are multiplied; says nothing about the others."""
-    return "tf32" if torch.float32 in dtypes and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not `allow_tf32`, which raises where the newer of PyTorch's two switches was used; this one answers for both.
+    return "tf32" if torch.float32 in dtypes and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def packed(*tensors: Tensor) -> bool:

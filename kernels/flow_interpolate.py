@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_fast.kernels._config import LaunchConfig, tuned
+from blip3o_fast.kernels import _config
+from blip3o_fast.kernels._config import LaunchConfig
 from blip3o_fast.kernels._flow_schedule import path_coefficients
 from blip3o_fast.kernels._launch import capability_of, launch
 from blip3o_fast.kernels._philox import normals, sample_stream
@@ -98,5 +99,5 @@ def backward(
 def _shape(kernel: str, x: Tensor) -> tuple[int, int, LaunchConfig]:
     """Elements of one sample, programs per sample, and how they are launched."""
     n = x[0].numel() if x.shape[0] else 0
-    config = replace(_DEFAULT, **tuned(kernel, 0, capability_of(x)))
+    config = replace(_DEFAULT, **_config.tuned(kernel, 0, capability_of(x)))
     return n, triton.cdiv(n, config.block), config

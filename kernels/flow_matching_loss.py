@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_fast.kernels._config import LaunchConfig, launch_config, tuned
+from blip3o_fast.kernels import _config
+from blip3o_fast.kernels._config import LaunchConfig, launch_config
 from blip3o_fast.kernels._flow_schedule import target_coefficients
 from blip3o_fast.kernels._launch import capability_of, launch, with_unit_stride
 from blip3o_fast.kernels._philox import minus_two_log, normals, normals_at, sample_stream
@@ -58,10 +59,11 @@ def flow_matching_loss_fwd(
     if SEEDED:
         s_low, s_high, k_low, k_high = sample_stream(seed_ptr, sample)
     error_sum, cosine_sum, distance_sum, pred_sum, target_sum, power_sum = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for token in range(first, tl.minimum(first + rows, tokens)):
+    for step in range(first, tl.minimum(first + rows, tokens)):
+        token = tl.cast(step, tl.int64)
         pred = tl.load(pred_ptr + sample * stride_pb + token * stride_pt + cols, mask=seen, other=0.0).to(tl.float32)
         if SEEDED:
-            start = tl.cast(token, tl.int64) * C
+            start = token * C
             if C % 4 == 0:
                 noise = normals(start >> 2, s_low, s_high, k_low, k_high, BLOCK_C, QUADS)
             else:
@@ -170,7 +172,7 @@ def forward(
         GRADIENT=dpred is not None, REGULARIZED=regularization_weight > 0, QUADS=1 if itemsize == 4 else 2,
         SUMS=SUMS, BLOCK_C=max(config.block, 8), num_warps=config.num_warps,
     )  # fmt: skip
-    finish = replace(_FINISH, **tuned("flow_matching_loss.sums", 0, capability_of(pred)))
+    finish = replace(_FINISH, **_config.tuned("flow_matching_loss.sums", 0, capability_of(pred)))
     launch(
         flow_matching_loss_sums, (1,),
         partial, loss, metrics, programs, 1 / elements, 1 / all_tokens, regularization_weight,
@@ -181,7 +183,7 @@ def forward(
 def backward(dloss: Tensor, dpred: Tensor, out: Tensor) -> None:
     """Fill out [B, T, C] with dpred * dloss; dpred: fp32, both contiguous, dloss: []."""
     batch, tokens, channels = out.shape
-    config = replace(_SCALE, **tuned("flow_matching_loss.backward", 0, capability_of(dpred)))
+    config = replace(_SCALE, **_config.tuned("flow_matching_loss.backward", 0, capability_of(dpred)))
     blocks = triton.cdiv(tokens * channels, config.block)
     launch(
         flow_matching_loss_bwd, (batch * blocks,),

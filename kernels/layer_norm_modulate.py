@@ -30,7 +30,8 @@ def layer_norm_modulate_fwd(
     seen = cols < D
     x = tl.load(x_ptr + sample * stride_xb + token * stride_xt + cols, mask=seen, other=0.0).to(tl.float32)
     factor = 1.0 + tl.load(scale_ptr + sample * stride_scale + cols, mask=seen, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / D
+    # rounded to the nearest: plain division is 2 ulp off on a GPU, and the whole row would be shifted by that
+    mean = tl.div_rn(tl.sum(x, axis=0), tl.full((), D, tl.float32))
     # Centred first: E[x^2] - mean^2 loses every digit where the mean is large. The tail lanes would add mean^2.
     centred = tl.where(seen, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_fast.kernels._config import LaunchConfig, tuned
+from blip3o_fast.kernels import _config
+from blip3o_fast.kernels._config import LaunchConfig
 from blip3o_fast.kernels._launch import capability_of, launch
 
 _DEFAULT = LaunchConfig(num_warps=4, block=1024)
@@ -60,9 +61,9 @@ def ode_step_bwd(
     tl.store(dv_cond_ptr + start + lanes, step.to(dv_cond_ptr.dtype.element_ty), mask=seen)
 
 
-def _config(direction: str, capability: int) -> LaunchConfig:
+def _configured(direction: str, capability: int) -> LaunchConfig:
     # Memory is flat: there is no width that would set one launch apart from another.
-    return replace(_DEFAULT, **tuned(f"ode_step.{direction}", 0, capability))
+    return replace(_DEFAULT, **_config.tuned(f"ode_step.{direction}", 0, capability))
 
 
 def _unit(x: Tensor) -> int:
@@ -76,7 +77,7 @@ def forward(
     """Fill y, of x's shape and contiguous. guidance is not read where there is no v_uncond."""
     x, v_cond = x.contiguous(), v_cond.contiguous()
     v_uncond = None if v_uncond is None else v_uncond.contiguous()
-    guided, unit, config = v_uncond is not None, _unit(y), _config("forward", capability_of(x))
+    guided, unit, config = v_uncond is not None, _unit(y), _configured("forward", capability_of(x))
     launch(
         ode_step_fwd, (triton.cdiv(y.numel(), config.block),),
         x, v_cond, v_uncond, guidance if guided else None, dsigma, y, y.numel() // unit,
@@ -87,7 +88,7 @@ def forward(
 def backward(dy: Tensor, guidance: Tensor | None, dsigma: Tensor, dv_cond: Tensor, dv_uncond: Tensor | None) -> None:
     """Fill dv_cond and, with guidance, dv_uncond, of dy's shape and contiguous."""
     dy = dy.contiguous()
-    guided, unit, config = guidance is not None, _unit(dy), _config("backward", capability_of(dy))
+    guided, unit, config = guidance is not None, _unit(dy), _configured("backward", capability_of(dy))
     launch(
         ode_step_bwd, (triton.cdiv(dy.numel(), config.block),),
         dy, guidance, dsigma, dv_cond, dv_uncond if guided else None, dy.numel() // unit,

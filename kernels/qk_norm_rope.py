@@ -74,7 +74,7 @@ def qk_norm_rope_fwd(
     # 32-bit division, 64-bit offsets: a tensor may pass 2^31 elements, the number of its programs does not.
     program = tl.program_id(0)
     row, group = program // GROUPS, program % GROUPS
-    sample, token = (row // tokens).to(tl.int64), row % tokens
+    sample, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     n = _of_group(group, HEADS0, HEADS1, HEADS2, GROUPS) * HEAD_DIM
     first = _of_group(group, FIRST_HEAD, FIRST_HEAD + HEADS0, FIRST_HEAD + HEADS0 + HEADS1, GROUPS) * HEAD_DIM
     normed = _of_group(group, weight0_ptr is not None, weight1_ptr is not None, weight2_ptr is not None, GROUPS)
@@ -83,7 +83,8 @@ def qk_norm_rope_fwd(
     x = tl.load(x_ptr + sample * stride_xb + token * stride_xt + first + at, mask=seen, other=0.0).to(tl.float32)
     weight = _parameter(group, weight0_ptr, weight1_ptr, weight2_ptr, at, seen, 1.0)
     bias = _parameter(group, bias0_ptr, bias1_ptr, bias2_ptr, at, seen, 0.0)
-    mean = tl.where(normed, tl.sum(x) / n, 0.0)
+    # rounded to the nearest: plain division is 2 ulp off on a GPU, and the whole group would be shifted by that
+    mean = tl.where(normed, tl.div_rn(tl.sum(x), tl.zeros((), tl.float32) + n), 0.0)
     centred = tl.where(seen, x - mean, 0.0)
     rstd = tl.where(normed, tl.rsqrt(tl.sum(centred * centred) / n + eps), 1.0)
     statistic = row.to(tl.int64) * ALL_GROUPS + FIRST_GROUP + group
@@ -116,7 +117,7 @@ def qk_norm_rope_bwd(
     dbias = tl.zeros((BLOCK,), tl.float32)
     for step in range(0, tl.minimum(rows, all_rows - chunk * rows)):
         row = chunk * rows + step
-        sample, token = (row // tokens).to(tl.int64), row % tokens
+        sample, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
         dy_at = sample * stride_dyb + token * stride_dyt + first
         x_at = sample * stride_xb + token * stride_xt + first
         dz = tl.load(dy_ptr + dy_at + at, mask=seen, other=0.0).to(tl.float32)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip3o_fast.kernels._config import LaunchConfig, next_power_of_2, tuned
+from blip3o_fast.kernels import _config
+from blip3o_fast.kernels._config import LaunchConfig, next_power_of_2
 from blip3o_fast.kernels._launch import capability_of, launch
 from blip3o_fast.kernels._tl import sigmoid
 
@@ -61,8 +62,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x, x.shape[-1]
 
 
-def _config(direction: str, width: int, capability: int) -> LaunchConfig:
-    table = tuned(f"swiglu.{direction}", width, capability)
+def _configured(direction: str, width: int, capability: int) -> LaunchConfig:
+    table = _config.tuned(f"swiglu.{direction}", width, capability)
     block: int = table.get("block", min(_BLOCK, next_power_of_2(width)))
     return LaunchConfig(num_warps=table.get("num_warps", max(1, block // (32 * _ELEMENTS_PER_THREAD))), block=block)
 
@@ -73,7 +74,7 @@ def forward(gate_up: Tensor, y: Tensor) -> None:
     if y.numel() == 0:
         return
     gate_up, stride = _rows(gate_up)
-    config = _config("forward", width, capability_of(gate_up))
+    config = _configured("forward", width, capability_of(gate_up))
     launch(
         swiglu_fwd, (y.numel() // width * triton.cdiv(width, config.block),),
         gate_up, y, stride,
@@ -87,7 +88,7 @@ def backward(dy: Tensor, gate_up: Tensor, dgate_up: Tensor) -> None:
     if dy.numel() == 0:
         return
     (dy, stride_dy), (gate_up, stride) = _rows(dy), _rows(gate_up)
-    config = _config("backward", width, capability_of(gate_up))
+    config = _configured("backward", width, capability_of(gate_up))
     launch(
         swiglu_bwd, (dgate_up.numel() // (2 * width) * triton.cdiv(width, config.block),),
         dy, gate_up, dgate_up, stride_dy, stride,

@@ -25,9 +25,11 @@ from typing import Any
 DTYPES = ("bfloat16", "float16", "float32", "autocast")  # autocast: fp32 weights under bf16 autocast
 ARCHITECTURES = (80, 89, 90, 100, 120)
 REPORTED = (75,)  # compiled to look at: the package itself asks for 8.0
-# The model as it is trained, and the stock class's defaults (heads of 72, a masked context) at a smaller width.
+# The model as it is trained, the op that it does not call, and the stock class's defaults (heads of 72, a masked
+# context) at a smaller width.
 CASES: dict[str, dict[str, Any]] = {
     "blip3o": {},
+    "flash_attention": {},
     "lumina": {
         "hidden_size": 576, "num_attention_heads": 8, "num_kv_heads": 4, "sample_size": 24, "in_channels": 16,
         "patch_size": 2, "cross_attention_dim": 512, "context_projection": False,
@@ -97,6 +99,22 @@ def count(sass: str) -> dict[str, int]:
     return counts | {"instructions": len(code)}
 
 
+def attention_calls(dtype: Any, arch: int) -> list[Any]:
+    """`flash_attention`, which the model does not call: one tile; other lengths, grouped heads of 72 and a mask."""
+    import torch
+
+    from blip3o_fast import ops
+    from blip3o_fast.kernels._launch import assumed_capability, recording_calls
+
+    with torch.device("meta"), recording_calls() as calls, assumed_capability(arch), ops.use_backend("triton"):
+        for tokens, context, heads, key_heads, dim, masked in ((64, 64, 28, 28, 64, False), (300, 257, 8, 2, 72, True)):
+            q = torch.empty(32, tokens, heads, dim, dtype=dtype, requires_grad=True)
+            k, v = (torch.empty(32, context, key_heads, dim, dtype=dtype, requires_grad=True) for _ in range(2))
+            out = ops.flash_attention(q, k, v, mask=torch.empty(32, context, dtype=torch.bool) if masked else None)
+            out.backward(torch.empty_like(out))
+    return calls
+
+
 def rows_of(case: str, dtype: str, arch: int) -> list[Row]:
     """Every distinct kernel of a case, compiled."""
     from blip3o_fast.kernels._compile import compile_launch, specialisation
@@ -104,10 +122,13 @@ def rows_of(case: str, dtype: str, arch: int) -> list[Row]:
     from blip3o_fast.models.launches import PRECISIONS, model_calls
 
     weights, autocast = PRECISIONS[dtype]
-    calls = model_calls(
-        BLIP3oConfig(num_layers=2, **CASES[case]), batch=32, dtype=weights, autocast=autocast,
-        masked=case == "lumina", capability=arch,
-    )  # fmt: skip
+    if case == "flash_attention":
+        calls = attention_calls(weights, arch)
+    else:
+        calls = model_calls(
+            BLIP3oConfig(num_layers=2, **CASES[case]), batch=32, dtype=weights, autocast=autocast,
+            masked=case == "lumina", capability=arch,
+        )  # fmt: skip
     rows: dict[str, Row] = {}
     for call in calls:
         largest = max((a.numel() for launch in call.launches for a in launch.args if hasattr(a, "numel")), default=1)

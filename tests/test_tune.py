@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.cases import OPS, WITHOUT_KERNELS, module_of
+from benchmarks.gpu_timing import Clock
 from blip3o_fast.kernels import _config
+from blip3o_fast.kernels._launch import recording
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "tune.py"
@@ -48,6 +52,23 @@ def test_choices_reach_the_launch_and_end_with_the_block(tune):
         assert _config.launch_config("op.forward", width=3584).num_warps == 8
     assert asked[0] == key and len(asked) == 3
     assert _config.tuned is before
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_KERNELS])
+def test_a_choice_of_each_op_reaches_its_launches(tune, op, mode):
+    """Every kernel that is searched is launched as it is told; flow_interpolate has no gradient to tune."""
+    sizes = module_of(op).SMALL
+    candidates = tune.Candidates(op, mode, 2, sizes, Clock("cpu"), torch.float16)
+    keys = candidates.keys()
+    assert keys, "there is nothing to choose"
+    for key in keys:
+        with tune.chosen_by(tune.with_warps(key, 1)), recording() as one:
+            candidates._capture()
+        with tune.chosen_by(tune.with_warps(key, 16)), recording() as many:
+            candidates._capture()
+        warps = [(a.options["num_warps"], b.options["num_warps"]) for a, b in zip(one, many, strict=True)]
+        assert (1, 16) in warps, key
 
 
 def test_only_what_is_clearly_faster_at_all_batches_is_kept(tune):

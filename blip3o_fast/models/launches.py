@@ -51,12 +51,14 @@ def fake_model(config: BLIP3oConfig, dtype: torch.dtype) -> BLIP3oDiT:
     return model
 
 
-def _train(model: BLIP3oDiT, batch: int, masked: bool, autocast: torch.dtype | None, dtype: torch.dtype) -> None:
+def _train(
+    model: BLIP3oDiT, batch: int, context: int, masked: bool, autocast: torch.dtype | None, dtype: torch.dtype
+) -> None:
     config = model.config
     # As the trainer has them: features in fp32, the condition in the weights' dtype.
     data = _tensor(batch, config.sample_size**2, config.in_channels, dtype=torch.float32)
-    condition = _tensor(batch, config.num_tokens, config.cross_attention_dim, dtype=dtype)
-    mask = _tensor(batch, config.num_tokens, dtype=torch.bool) if masked else None
+    condition = _tensor(batch, context, config.cross_attention_dim, dtype=dtype)
+    mask = _tensor(batch, context, dtype=torch.bool) if masked else None
     sigma, seed = _tensor(batch, dtype=torch.float32), _tensor(2, dtype=torch.int64)
     x_t = ops.flow_interpolate(data, sigma, seed=seed)
     with _autocast(autocast):
@@ -65,11 +67,13 @@ def _train(model: BLIP3oDiT, batch: int, masked: bool, autocast: torch.dtype | N
     loss.backward()
 
 
-def _sample(model: BLIP3oDiT, batch: int, masked: bool, autocast: torch.dtype | None, dtype: torch.dtype) -> None:
+def _sample(
+    model: BLIP3oDiT, batch: int, context: int, masked: bool, autocast: torch.dtype | None, dtype: torch.dtype
+) -> None:
     config = model.config
     x = _tensor(batch, config.sample_size**2, config.in_channels, dtype=torch.float32)
-    condition = _tensor(2 * batch, config.num_tokens, config.cross_attention_dim, dtype=dtype)
-    mask = _tensor(2 * batch, config.num_tokens, dtype=torch.bool) if masked else None
+    condition = _tensor(2 * batch, context, config.cross_attention_dim, dtype=dtype)
+    mask = _tensor(2 * batch, context, dtype=torch.bool) if masked else None
     number = _tensor(dtype=torch.float32)
     with torch.no_grad(), _autocast(autocast):
         prepared = model.prepare_condition(condition, mask)
@@ -88,11 +92,13 @@ def model_calls(
     uses: Sequence[str] = ("train", "sample"),
     masked: bool = False,
     capability: int = 90,
+    context_tokens: int = 0,
 ) -> list[Call]:
     """Every call of an op, with its launches: a training step (forward, loss, backward) and a guided sampling step.
 
     config: of the model; two of its layers are run, since all have the same kernels. dtype: of the weights; autocast: a
     dtype under which the model is called, or None. masked: with a context mask. capability: 90 is sm_90.
+    context_tokens: L, or 0 for as many as there are tokens.
     """
     config = BLIP3oConfig.from_dict(config.to_dict() | {"num_layers": min(2, config.num_layers)})
     runs = {"train": _train, "sample": _sample}
@@ -102,7 +108,7 @@ def model_calls(
         model = fake_model(config, dtype)
         for use in uses:
             model.train(use == "train")
-            runs[use](model, batch, masked, autocast, dtype)
+            runs[use](model, batch, context_tokens or config.num_tokens, masked, autocast, dtype)
     return calls
 
 

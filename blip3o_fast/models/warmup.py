@@ -1,7 +1,9 @@
-"""Fill Triton's cache with the kernels of a model, so that its first training or sampling step compiles nothing.
+"""Fill Triton's cache with the kernels of a model, so that its first training or sampling step compiles none of them.
 
 The kernels are those that the model launches, found without running it (`launches.py`) and compiled for the
-architecture that is named. That needs no GPU: a container image can be built with its cache filled.
+architecture that is named. That needs no GPU: a container image can be built with its cache filled. Covered are the
+model's own grid, a context of as many tokens as it is told, with and without a mask, the loss on the linear path, and
+guided sampling. Triton's launcher is built on the first launch; it needs a C compiler and Python's headers there.
 """
 
 import time
@@ -27,6 +29,7 @@ class WarmupSettings:
     precision: how the model will run; see `launches.PRECISIONS`.
     arch: 90 for sm_90 (H100, H200); empty: that of the GPUs of this machine.
     training: also the kernels of the backward pass and the loss.
+    context_tokens: L of the context; 0: as many as the model's grid has.
     """
 
     model: str = ""
@@ -34,6 +37,7 @@ class WarmupSettings:
     precision: Sequence[str] = ("bfloat16", "autocast")
     arch: Sequence[int] = ()
     training: bool = True
+    context_tokens: int = 0
 
     def check(self) -> None:
         """ValueError naming the flag, before anything is compiled."""
@@ -42,6 +46,8 @@ class WarmupSettings:
         for precision in self.precision:
             if precision not in PRECISIONS:
                 raise ValueError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if self.context_tokens < 0:
+            raise ValueError(f"--context_tokens must be a number >= 0, got {self.context_tokens}")
         for arch in self.arch:
             if arch not in ARCHITECTURES:
                 known = ", ".join(map(str, ARCHITECTURES))
@@ -49,15 +55,15 @@ class WarmupSettings:
 
 
 def architectures() -> list[int]:
-    """Those of this machine's GPUs."""
+    """Those of this machine's GPUs that the kernels run on."""
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return sorted(10 * major + minor for major, minor in found)
+    return sorted(10 * major + minor for major, minor in found if (major, minor) >= _triton.MINIMUM_CAPABILITY)
 
 
 def warmup(settings: WarmupSettings) -> str:
     """Compile, with a progress bar; returns one sentence that says what is in the cache now.
 
-    Raises ValueError for a setting that does not fit, RuntimeError where Triton cannot compile here.
+    Raises ValueError for a setting that does not fit, and where Triton cannot compile here.
     """
     settings.check()
     reason = _triton.why_no_compiler()
@@ -79,9 +85,13 @@ def warmup(settings: WarmupSettings) -> str:
         for precision in settings.precision:
             dtype, autocast = PRECISIONS[precision]
             for masked in (False, True):
-                calls = model_calls(
-                    config, dtype=dtype, autocast=autocast, uses=uses, masked=masked, capability=arch
-                )  # fmt: skip
+                try:
+                    calls = model_calls(
+                        config, dtype=dtype, autocast=autocast, uses=uses, masked=masked, capability=arch,
+                        context_tokens=settings.context_tokens,
+                    )  # fmt: skip
+                except RuntimeError as error:  # an op of this network has no Triton kernel
+                    raise ValueError(str(error)) from error
                 work += [(arch, key, launch) for key, launch in distinct(calls, arch).items()]
     unique = {(arch, key): launch for arch, key, launch in work}
     start = time.perf_counter()

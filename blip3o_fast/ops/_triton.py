@@ -59,6 +59,9 @@ def _why_not(device_type: str, index: int | None) -> str | None:
         return (
             f"it needs cuda tensors, got {device_type} (TRITON_INTERPRET=1 runs kernels on the CPU, in Python, slowly)"
         )
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        # fake tensors of a GPU that is not there; AMD's GPUs, whose architectures the kernels know nothing of
+        return "it needs an NVIDIA GPU, and PyTorch sees none"
     capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM_CAPABILITY:
         name = torch.cuda.get_device_name(index)

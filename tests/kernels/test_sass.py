@@ -35,11 +35,14 @@ def compiled(folder: Path, *flags: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """The model as it is trained, in bf16, for every architecture; the other dtypes for the H100."""
+    """The model as it is trained, in bf16, for every architecture; the other dtypes, and the op that it does not call,
+    for fewer."""
     folder = tmp_path_factory.mktemp("sass")
     found = compiled(folder, "--case", "blip3o", "--dtype", "bfloat16", "--processes", "1")
     others = ("--dtype", "float16", "--dtype", "float32", "--dtype", "autocast")
-    return found + compiled(folder, "--case", "blip3o", "--arch", "90", *others, "--processes", "1")
+    found += compiled(folder, "--case", "blip3o", "--arch", "90", *others, "--processes", "1")
+    flash = ("--dtype", "bfloat16", "--dtype", "float32", "--arch", "90", "--arch", "120")
+    return found + compiled(folder, "--case", "flash_attention", *flash, "--processes", "1")
 
 
 def described(row: dict) -> str:
@@ -56,7 +59,7 @@ def check(rows: list[dict]) -> None:
     for row in rows:
         fp32_attention = is_attention(row) and row["dtype"] == "float32"
         allowed = FP32_ATTENTION_SPILLS if fp32_attention else 0
-        if row["stack"] > allowed or (row["local"] and not allowed):
+        if row["stack"] > allowed or row["local"] > allowed // 2:  # a spilled word is stored and loaded
             wrong.append(f"{described(row)}: {row['stack']} bytes of stack, {row['local']} accesses of local memory")
         if row["shared"] > SHARED_LIMIT[row["arch"]]:
             wrong.append(f"{described(row)}: {row['shared']} bytes of shared memory")
@@ -75,7 +78,7 @@ def test_no_kernel_spills_and_attention_uses_the_right_units(rows):
 def test_every_op_was_compiled_for_every_architecture(rows):
     ops = {row["op"] for row in rows}
     expected = ["rms_norm_modulate", "gated_residual", "gated_residual_modulate", "layer_norm_modulate", "swiglu"]
-    expected += ["qk_norm_rope", "dual_attention", "flow_matching_loss"]
+    expected += ["qk_norm_rope", "dual_attention", "flash_attention", "flow_matching_loss"]
     for op in expected:
         assert {f"{op}_fwd", f"{op}_bwd"} <= ops
     assert {"flow_interpolate_fwd", "ode_step_fwd"} <= ops
@@ -113,7 +116,7 @@ def test_a_call_moves_little_more_than_it_must(rows):
     Partial rows are written and read again at once, so most of these bytes never leave the L2 cache.
     """
     for row in rows:
-        if row["dtype"] == "bfloat16":
+        if row["dtype"] == "bfloat16" and row["case"] == "blip3o":
             assert row["bytes"] <= 1.34 * row["minimum"], f"{described(row)}: {row['bytes']} of {row['minimum']}"
 
 

@@ -128,3 +128,20 @@ def test_auto_takes_triton_where_it_runs(computed, monkeypatch, dtype, requires_
         with use_attention("sdpa"):
             attend(dtype, requires_grad)
         assert (len(launches), computed) == (1, ["sdpa"])
+
+
+def test_tf32_is_used_where_either_of_pytorchs_switches_allows_it():
+    """In processes of their own: PyTorch refuses to answer by the older switch once the newer was used."""
+    import subprocess
+    import sys
+
+    for switch, expected in (
+        ("", "ieee"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+    ):
+        code = f"import torch\n{switch}\nfrom blip3o_fast.kernels._attention_tiles import precision\n"
+        code += "print(precision(torch.float32), precision(torch.bfloat16))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [expected, "ieee"], switch

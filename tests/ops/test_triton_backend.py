@@ -24,6 +24,7 @@ def asked_anew(monkeypatch):
 @pytest.fixture
 def an_h100(monkeypatch):
     """What PyTorch says where there is one, and no interpreter."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "NVIDIA H100")
     monkeypatch.setattr(_triton, "_interpreted", lambda: False)
@@ -71,6 +72,19 @@ def test_an_old_gpu_is_the_reason(asked_anew, an_h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Tesla T4")
     expected = "not available: it needs compute capability 8.0 or newer, Tesla T4 has 7.5"
     assert _triton.why_not("cuda", 0) == expected
+
+
+def test_no_nvidia_gpu_is_the_reason(asked_anew, an_h100, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert _triton.why_not("cuda", 0) == "it needs an NVIDIA GPU, and PyTorch sees none"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_fake_tensors_of_a_gpu_that_is_not_there_have_shapes(asked_anew, monkeypatch):
+    monkeypatch.setattr(_triton, "_interpreted", lambda: False)
+    with torch._subclasses.fake_tensor.FakeTensorMode(), torch.no_grad():
+        x = torch.empty(2, 3, 16, device="cuda")
+        assert rms_norm_modulate(x, torch.empty(16, device="cuda")).shape == x.shape
 
 
 def test_a_missing_triton_is_the_reason(asked_anew, monkeypatch):
