@@ -117,7 +117,8 @@ def qk_norm_rope_bwd(
     dbias = tl.zeros((BLOCK,), tl.float32)
     for step in range(0, tl.minimum(rows, all_rows - chunk * rows)):
         row = chunk * rows + step
-        sample, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+        sample, token = (row // tokens).to(tl.int64), row % tokens
+        # 32 bits within a sample (`_near`): 64 would spill here in fp32 on sm_120
         dy_at = sample * stride_dyb + token * stride_dyt + first
         x_at = sample * stride_xb + token * stride_xt + first
         dz = tl.load(dy_ptr + dy_at + at, mask=seen, other=0.0).to(tl.float32)
@@ -181,6 +182,11 @@ def forward(
         )  # fmt: skip
 
 
+def _near(x: Tensor) -> Tensor:
+    """x [B, T, ...] itself where a sample's tokens lie within 2^31 elements, else a copy (of a sequence-first view)."""
+    return x if x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
+
+
 def backward(
     dy: Tensor, x: Tensor, weights: Sequence[Tensor | None], rope: Tensor | None, mean: Tensor, rstd: Tensor,
     heads: Sequence[int], head_dim: int, dx: Tensor, daffine: Tensor,
@@ -193,7 +199,7 @@ def backward(
     # Read where it lies if the heads of a token are neighbours in memory, whatever is between two tokens.
     if dy.stride(-1) != 1 or (dy.shape[2] > 1 and dy.stride(2) != head_dim):
         dy = dy.contiguous()
-    x, rope = with_unit_stride(x), None if rope is None else rope.contiguous()
+    dy, x, rope = _near(dy), _near(with_unit_stride(x)), None if rope is None else rope.contiguous()
     config = launch_config(
         "qk_norm_rope.backward", width=max(heads) * head_dim, batch=min(len(heads), _GROUPS), tokens=batch * tokens,
         elements_per_thread=8, capability=capability_of(x),

@@ -18,7 +18,10 @@ from scripts.sass_report import ARCHITECTURES, CASES, count
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes that one program may ask for: NVIDIA's CUDA programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Bytes of stack that are allowed, and reported: fp32 attention; and one kernel that no model of ours launches, at
+# grouped heads of 72 on sm_100 (8 bytes in half precision).
 FP32_ATTENTION_SPILLS = 64
+SPILLS = {("flash_attention_bwd_queries", 100): 8}
 # Finishing launches of attention: sums of one number per sample and head.
 NO_PRODUCTS = ("dual_attention_bwd_gate",)
 
@@ -58,7 +61,7 @@ def check(rows: list[dict]) -> None:
     wrong = []
     for row in rows:
         fp32_attention = is_attention(row) and row["dtype"] == "float32"
-        allowed = FP32_ATTENTION_SPILLS if fp32_attention else 0
+        allowed = FP32_ATTENTION_SPILLS if fp32_attention else SPILLS.get((row["kernel"], row["arch"]), 0)
         if row["stack"] > allowed or row["local"] > allowed // 2:  # a spilled word is stored and loaded
             wrong.append(f"{described(row)}: {row['stack']} bytes of stack, {row['local']} accesses of local memory")
         if row["shared"] > SHARED_LIMIT[row["arch"]]:
