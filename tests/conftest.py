@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-# Triton reads this when it is imported, so it stands before every test module. With a GPU, kernels run for real.
+# Triton reads this when it is imported, so it stands before every test module. Where there is a GPU, tests/gpu runs
+# kernels on it, and the other tests, which give them CPU tensors, need the variable from outside: `make test` sets it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
