@@ -15,8 +15,10 @@ import importlib.util
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -34,6 +36,19 @@ PROBE = """
 #include <optional>
 int main() { return std::optional<int>(0).value(); }
 """
+
+# No -march=native and no -ffast-math: one wheel for every CPU, with the same numbers. -fopenmp-simd honours
+# `#pragma omp simd` and links no OpenMP: the threads are those of PyTorch's pool (csrc/parallel.cpp).
+COMMON = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+# Each file of csrc/cpu is compiled once per instruction set: (flags, bytes of a vector). The choice is made at run time.
+ISAS = {
+    "generic": ([], 16),
+    "avx2": (_AVX2, 32),
+    "avx512": (_AVX512, 64),
+    "avx512_bf16": ([*_AVX512, "-mavx512bf16", "-mavx512vnni"], 64),
+}
 
 
 def say(line: str) -> None:
@@ -68,17 +83,37 @@ def why_no_extension() -> str | None:
     """The reason why this machine cannot build C++17 against Python.h, or None where it can."""
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
+    compiler = unix_compiler()
+    if isinstance(compiler, str):
+        return compiler
+    log = why_not_compiled(compiler, PROBE, ["-std=c++17"])
+    if log is None:
+        return None
+    if "Python.h" in log:
+        return "Python.h is missing (Debian: apt-get install python3-dev)"
+    return f"no working C++17 compiler (Debian: apt-get install g++): {log.strip().splitlines()[-1]}"
+
+
+def unix_compiler() -> Any:
+    """The compiler that the build will use, or why there is none."""
     # setuptools, imported above, provides distutils also where Python no longer does.
     from distutils import ccompiler, sysconfig
-    from distutils.errors import CCompilerError, DistutilsError
 
     compiler = ccompiler.new_compiler()
     if compiler.compiler_type != "unix":
         return f"the compiler kind {compiler.compiler_type!r} is not supported"
     sysconfig.customize_compiler(compiler)
+    return compiler
+
+
+def why_not_compiled(compiler: Any, text: str, flags: list[str]) -> str | None:
+    """None where the compiler takes this C++ source with these flags, else what it said."""
+    from distutils import sysconfig
+    from distutils.errors import CCompilerError, DistutilsError
+
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text(PROBE)
+        source.write_text(text)
         output = sys.stderr.fileno()
         kept = os.dup(output)
         with open(Path(folder, "log"), "w+") as log:
@@ -88,18 +123,22 @@ def why_no_extension() -> str | None:
                     [str(source)],
                     output_dir=folder,
                     include_dirs=[sysconfig.get_python_inc()],
-                    extra_postargs=["-std=c++17"],
+                    extra_postargs=flags,
                 )
             except (CCompilerError, DistutilsError, OSError) as error:
                 log.seek(0)
-                text = log.read()
-                if "Python.h" in text:
-                    return "Python.h is missing (Debian: apt-get install python3-dev)"
-                return f"no working C++17 compiler (Debian: apt-get install g++): {error}"
+                return f"{log.read()}\n{error}"
             finally:
                 os.dup2(kept, output)
                 os.close(kept)
     return None
+
+
+def instruction_sets(compiler: Any) -> list[str]:
+    """All of ISAS for an x86-64 compiler that knows their flags, elsewhere the generic one alone."""
+    text = "#include <immintrin.h>\n#ifndef __x86_64__\n#error\n#endif\n"
+    newest, _ = ISAS["avx512_bf16"]
+    return list(ISAS) if why_not_compiled(compiler, text, newest) is None else ["generic"]
 
 
 def load_ext_module() -> ModuleType:
@@ -111,22 +150,54 @@ def load_ext_module() -> ModuleType:
     return module
 
 
+def relative(*patterns: str) -> list[str]:
+    """Relative on purpose: absolute paths would end up in the sdist's file list."""
+    return sorted(p.relative_to(ROOT).as_posix() for pattern in patterns for p in ROOT.glob(pattern))
+
+
 def extension() -> Extension:
     from pybind11.setup_helpers import Pybind11Extension
 
-    sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
-    headers = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
+    source_hash = load_ext_module().source_hash(ROOT / "csrc", "cpu")
     return Pybind11Extension(
         "blip3o_fast._C",
-        sources,  # relative on purpose: absolute paths would end up in the sdist's file list
-        depends=headers,
+        relative("csrc/*.cpp"),
+        depends=["setup.py", *relative("csrc/*.h", "csrc/cpu/*")],
         include_dirs=["csrc"],
         cxx_std=17,
-        # No -march=native and no -ffast-math: one wheel for every CPU, with the same numbers.
-        # -fopenmp-simd honours `#pragma omp simd` and links no OpenMP.
-        extra_compile_args=["-O3", "-fopenmp-simd", "-fvisibility=hidden"],
-        define_macros=[("BLIP3O_FAST_SOURCE_HASH", f'"{load_ext_module().source_hash(ROOT / "csrc")}"')],
+        extra_compile_args=COMMON,
+        define_macros=[("BLIP3O_FAST_SOURCE_HASH", f'"{source_hash}"')],
     )
+
+
+class BuildExtension(build_ext):
+    """Compiles the files of csrc/cpu for each instruction set beside the extension's own sources, several at a time."""
+
+    def build_extension(self, ext: Any) -> None:
+        isas = instruction_sets(self.compiler)
+        if len(isas) > 1:
+            ext.define_macros.append(("BLIP3O_X86", "1"))
+        jobs = [(isa, source) for isa in isas for source in relative("csrc/cpu/*.cpp")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            kernels = [pool.submit(self.compile_kernel, ext, *job) for job in jobs]
+            ext.extra_objects = [kernel.result() for kernel in kernels]
+        super().build_extension(ext)
+
+    def compile_kernel(self, ext: Any, isa: str, source: str) -> str:
+        flags, vector_bytes = ISAS[isa]
+        macros = [*ext.define_macros, ("BLIP3O_ISA", isa), ("BLIP3O_VECTOR_BYTES", str(vector_bytes))]
+        folder = Path(self.build_temp, isa)
+        target = folder / Path(source).with_suffix(".o")
+        read = [Path(source), *(ROOT / name for name in ext.depends if name.endswith((".h", ".py")))]
+        if self.force or not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in read):
+            self.compiler.compile(
+                [source],
+                output_dir=str(folder),
+                macros=macros,
+                include_dirs=["csrc", "csrc/cpu"],
+                extra_postargs=["-std=c++17", *COMMON, *flags],
+            )
+        return str(target)
 
 
 def extensions() -> list[Extension]:
@@ -152,5 +223,5 @@ setup(
     # find_packages would miss it.
     packages=find_namespace_packages(include=["blip3o_fast*"], exclude=["*.__pycache__*"]),
     ext_modules=extensions(),
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildExtension},
 )

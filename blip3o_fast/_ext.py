@@ -14,10 +14,11 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 _SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 
 
-def source_hash(folder: Path) -> str:
-    """16 hex digits over the names and contents of all native sources below `folder`."""
+def source_hash(folder: Path, *parts: str) -> str:
+    """16 hex digits over the names and contents of the native sources in `folder` and its subfolders `parts`."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES):
+    folders = [folder, *(folder / part for part in parts)]
+    for path in sorted(p for place in folders for p in place.glob("*") if p.suffix in _SUFFIXES):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -28,7 +29,7 @@ def _load() -> tuple[Any, str]:
     except ImportError as error:
         return None, f"not available: the C++ extension is not built ({error})"
     if (SOURCES / "bindings.cpp").is_file():
-        built, tree = module.source_hash, source_hash(SOURCES)
+        built, tree = module.source_hash, source_hash(SOURCES, "cpu")
         if built != tree:
             return (
                 None,

@@ -1,45 +1,50 @@
-// The Python door to the native kernels: pointers arrive as integers, results are written into given memory.
+// The Python door to the CPU kernels, blip3o_fast._C. Each function takes the number of an instruction set (of `isas`),
+// the number of threads, and then the kernel's own arguments.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <cstdint>
+#include <string>
+#include <vector>
 
 #include "cpu/rms_norm_modulate.h"
+#include "isa.h"
+#include "parallel.h"
+#include "view_caster.h"
 
 namespace py = pybind11;
-using blip3o_fast::Rows;
+using namespace blip3o_fast;
 
 namespace {
 
-using Pointer = std::uintptr_t;
-
-float* floats(Pointer address) { return reinterpret_cast<float*>(address); }
-
-Rows rows(const std::array<int64_t, 3>& shape, const std::array<int64_t, 2>& strides) {
-    return {shape[0], shape[1], shape[2], strides[0], strides[1]};
+template <class R, class... A>
+void bind(py::module_& m, const char* name, std::array<R (*)(const Run&, A...), isa_count> variants,
+          std::array<const char*, sizeof...(A)> names) {
+    m.def(name, [=](int isa, int threads, const py::args& args) -> R {
+        if (isa < 0 || isa >= isa_count || !isa_runs_here(isa))
+            throw std::invalid_argument("isa must be one that this machine runs, got " + std::to_string(isa));
+        if (threads < 1 || threads > 4096)
+            throw std::invalid_argument("threads must be from 1 to 4096, got " + std::to_string(threads));
+        return call_with(variants[isa], Run{threads}, args, names);
+    });
 }
 
 }  // namespace
 
+#if defined(BLIP3O_X86)
+#define BLIP3O_VARIANTS(name) std::array{&generic::name, &avx2::name, &avx512::name, &avx512_bf16::name}
+#else
+#define BLIP3O_VARIANTS(name) std::array{&generic::name}
+#endif
+#define BLIP3O_BIND(name, ...) bind(m, #name, BLIP3O_VARIANTS(name), {__VA_ARGS__})
+
 PYBIND11_MODULE(_C, m) {
     m.attr("source_hash") = BLIP3O_FAST_SOURCE_HASH;
-    m.def(
-        "rms_norm_modulate_fwd",
-        [](Pointer x, Pointer weight, Pointer scale, Pointer y, Pointer rstd, std::array<int64_t, 3> shape,
-           std::array<int64_t, 2> strides, int64_t scale_stride, float eps) {
-            blip3o_fast::rms_norm_modulate_fwd(floats(x), floats(weight), floats(scale), floats(y), floats(rstd),
-                                               rows(shape, strides), scale_stride, eps);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "rms_norm_modulate_bwd",
-        [](Pointer dy, Pointer x, Pointer weight, Pointer scale, Pointer rstd, Pointer dx, Pointer dweight,
-           Pointer dscale, std::array<int64_t, 3> shape, std::array<int64_t, 2> dy_strides,
-           std::array<int64_t, 2> x_strides, int64_t scale_stride) {
-            blip3o_fast::rms_norm_modulate_bwd(floats(dy), floats(x), floats(weight), floats(scale), floats(rstd),
-                                               floats(dx), floats(dweight), floats(dscale), rows(shape, dy_strides),
-                                               rows(shape, x_strides), scale_stride);
-        },
-        py::call_guard<py::gil_scoped_release>());
+    std::vector<std::string> names;
+    for (int isa = 0; isa < isa_count; ++isa) names.emplace_back(isa_name(isa));
+    m.attr("isas") = py::cast(names);
+    m.def("runs_here", [](int isa) { return isa >= 0 && isa < isa_count && isa_runs_here(isa); });
+    m.def("pool_name", &pool_name);
+
+    BLIP3O_BIND(rms_norm_modulate_fwd, "x", "weight", "scale", "y", "rstd", "eps");
+    BLIP3O_BIND(rms_norm_modulate_bwd, "dy", "x", "weight", "scale", "rstd", "dx", "dweight", "dscale");
 }

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast import _ext
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -89,49 +88,20 @@ def _factor(weight: Tensor, scale: Tensor | None, acc: torch.dtype) -> Tensor:
 # ---- cpu (csrc) ----------------------------------------------------------------------------------------------------
 
 
-def _cpu_refusal(x: Tensor, weight: Tensor, scale: Tensor | None) -> str | None:
-    if _ext.C is None:
-        return _ext.ERROR
-    dtypes = {t.dtype for t in (x, weight, scale) if t is not None}
-    if dtypes != {torch.float32} or output_dtype(x) != torch.float32:
-        return f"its cpu kernel is float32 only, got {sorted(str(d) for d in dtypes | {output_dtype(x)})}"
-    return None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x itself where the kernel can walk it (unit last stride), else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def _forward_cpu(
     x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    x, weight, scale = _rows(x), weight.contiguous(), None if scale is None else _rows(scale)
-    y, rstd = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:2], dtype=torch.float32)
-    _ext.C.rms_norm_modulate_fwd(
-        x.data_ptr(), weight.data_ptr(), 0 if scale is None else scale.data_ptr(),
-        y.data_ptr(), rstd.data_ptr(), list(x.shape), list(x.stride()[:2]),
-        0 if scale is None else scale.stride(0), eps,
-    )  # fmt: skip
+    y, rstd = _forward_fake(x, weight, scale, eps, dtype, "cpu")
+    _cpu.call("rms_norm_modulate_fwd", x, weight, scale, y, rstd, eps)
     return y, rstd
 
 
 def _backward_cpu(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, x, weight, scale = (
-        _rows(dy),
-        _rows(x),
-        weight.contiguous(),
-        None if scale is None else _rows(scale),
-    )
-    dx, dweight = torch.empty(x.shape), torch.empty(weight.shape)
-    dscale = x.new_empty(0) if scale is None else torch.empty(scale.shape)
-    _ext.C.rms_norm_modulate_bwd(
-        dy.data_ptr(), x.data_ptr(), weight.data_ptr(), 0 if scale is None else scale.data_ptr(),
-        rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(), 0 if scale is None else dscale.data_ptr(),
-        list(x.shape), list(dy.stride()[:2]), list(x.stride()[:2]), 0 if scale is None else scale.stride(0),
-    )  # fmt: skip
+    dx, dweight, dscale = _backward_fake(dy, x, weight, scale, rstd, "cpu")
+    given = None if scale is None else dscale
+    _cpu.call("rms_norm_modulate_bwd", dy, x, weight, scale, rstd, dx, dweight, given)
     return dx, dweight, dscale
 
 
@@ -158,7 +128,7 @@ def _backward_triton(
 
 _FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
 _BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
-BACKENDS = Backends("rms_norm_modulate", triton=_triton.refusal, cpu=_cpu_refusal)
+BACKENDS = Backends("rms_norm_modulate", triton=_triton.refusal, cpu=_cpu.refusal)
 
 
 def _forward(

@@ -1,81 +1,106 @@
 #include "rms_norm_modulate.h"
 
-#include <cmath>
-#include <vector>
-
-#include "clones.h"
+#include "modulation.h"
+#include "rows.h"
+#include "scratch.h"
 
 namespace blip3o_fast {
+namespace BLIP3O_ISA {
 
 namespace {
 
-// weight * (1 + scale) of one sample
-BLIP3O_CLONES void sample_factor(const float* weight, const float* scale, float* factor, int64_t dim) {
-    for (int64_t i = 0; i < dim; ++i) factor[i] = scale ? weight[i] * (1.0f + scale[i]) : weight[i];
+void check(const View& x, const View& weight, const View& scale, const View& rstd) {
+    check_rank(x, 3);
+    check_float(x);
+    check_shape(weight, {x.size[2]});
+    check_float(weight);
+    if (scale.present()) {
+        check_shape(scale, {x.size[0], x.size[2]});
+        check_float(scale);
+    }
+    check_shape(rstd, {x.size[0], x.size[1]});
+    check_dtype(rstd, Dtype::f32);
+    check_contiguous(rstd);
 }
 
-BLIP3O_CLONES float row_forward(const float* x, const float* factor, float* y, int64_t dim, float eps) {
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < dim; ++i) squares += x[i] * x[i];
-    const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps);
-#pragma omp simd
-    for (int64_t i = 0; i < dim; ++i) y[i] = x[i] * rstd * factor[i];
-    return rstd;
-}
-
-// Adds dy * xhat to product, the sample's accumulator for dscale and dweight.
-BLIP3O_CLONES void row_backward(const float* dy, const float* x, const float* factor, float rstd, float* dx,
-                                float* product, int64_t dim) {
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < dim; ++i) dot += dy[i] * factor[i] * (x[i] * rstd);
-    const float mean = dot / static_cast<float>(dim);
+// dx of one row; product += dy * xhat
+void row_backward(const float* dy, const float* x, const float* factor, float rstd, float* dx, float* product,
+                  int64_t dim) {
+    const double dot = sum_over_row(dim, [=](int64_t i) { return dy[i] * factor[i] * x[i]; });
+    const float mean = static_cast<float>(dot * rstd / static_cast<double>(dim));
 #pragma omp simd
     for (int64_t i = 0; i < dim; ++i) {
         const float xhat = x[i] * rstd;
-        dx[i] = rstd * (dy[i] * factor[i] - xhat * mean);
         product[i] += dy[i] * xhat;
+        dx[i] = rstd * (dy[i] * factor[i] - xhat * mean);
     }
 }
 
 }  // namespace
 
-void rms_norm_modulate_fwd(const float* x, const float* weight, const float* scale, float* y, float* rstd,
-                           Rows rows, int64_t scale_stride, float eps) {
-    std::vector<float> factor(rows.dim);
-    for (int64_t b = 0; b < rows.batch; ++b) {
-        sample_factor(weight, scale ? scale + b * scale_stride : nullptr, factor.data(), rows.dim);
-        for (int64_t t = 0; t < rows.tokens; ++t) {
-            const int64_t row = b * rows.tokens + t;
-            rstd[row] = row_forward(x + b * rows.batch_stride + t * rows.token_stride, factor.data(),
-                                    y + row * rows.dim, rows.dim, eps);
+void rms_norm_modulate_fwd(const Run& run, const View& x, const View& weight, const View& scale, const View& y,
+                           const View& rstd, double eps) {
+    check(x, weight, scale, rstd);
+    check_shape(y, {x.size[0], x.size[1], x.size[2]});
+    check_float(y);
+    check_contiguous(y);
+    const int64_t tokens = x.size[1], dim = x.size[2];
+    Scratch scratch(run.threads, 4 * dim);
+    parallel_for(run, x.size[0] * tokens, [&](int64_t begin, int64_t end, int thread) {
+        float* buffer = scratch.of(thread);
+        const float* factor = nullptr;
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t b = row / tokens, t = row % tokens;
+            if (row == begin || (t == 0 && scale.present())) factor = sample_factor(weight, scale, b, buffer);
+            const float* in = load_row(x, b * x.stride[0] + t * x.stride[1], dim, buffer + 2 * dim);
+            float* out = row_target(y, row * dim, buffer + 3 * dim);
+            const float r = row_rstd(in, dim, eps);
+#pragma omp simd
+            for (int64_t i = 0; i < dim; ++i) out[i] = in[i] * r * factor[i];
+            store_row(y, row * dim, dim, out);
+            rstd.as<float>()[row] = r;
         }
-    }
+    });
 }
 
-void rms_norm_modulate_bwd(const float* dy, const float* x, const float* weight, const float* scale,
-                           const float* rstd, float* dx, float* dweight, float* dscale, Rows dy_rows, Rows x_rows,
-                           int64_t scale_stride) {
-    const int64_t dim = x_rows.dim;
-    std::vector<float> factor(dim), product(dim);
-    std::vector<double> total(dim, 0.0);  // over all samples: batch can be large, and this is D adds per sample
-    for (int64_t b = 0; b < x_rows.batch; ++b) {
-        const float* scale_row = scale ? scale + b * scale_stride : nullptr;
-        sample_factor(weight, scale_row, factor.data(), dim);
-        product.assign(dim, 0.0f);
-        for (int64_t t = 0; t < x_rows.tokens; ++t) {
-            const int64_t row = b * x_rows.tokens + t;
-            row_backward(dy + b * dy_rows.batch_stride + t * dy_rows.token_stride,
-                         x + b * x_rows.batch_stride + t * x_rows.token_stride, factor.data(), rstd[row],
-                         dx + row * dim, product.data(), dim);
-        }
-        for (int64_t i = 0; i < dim; ++i) {
-            total[i] += static_cast<double>(product[i]) * (scale ? 1.0 + scale_row[i] : 1.0);
-            if (dscale) dscale[b * dim + i] = product[i] * weight[i];
-        }
+void rms_norm_modulate_bwd(const Run& run, const View& dy, const View& x, const View& weight, const View& scale,
+                           const View& rstd, const View& dx, const View& dweight, const View& dscale) {
+    check(x, weight, scale, rstd);
+    const int64_t batch = x.size[0], tokens = x.size[1], dim = x.size[2];
+    for (const View* v : {&dy, &dx}) {
+        check_shape(*v, {batch, tokens, dim});
+        check_float(*v);
     }
-    for (int64_t i = 0; i < dim; ++i) dweight[i] = static_cast<float>(total[i]);
+    check_contiguous(dx);
+    check_shape(dweight, {dim});
+    check_float(dweight);
+    check_contiguous(dweight);
+    if (scale.present()) {
+        check_shape(dscale, {batch, dim});
+        check_float(dscale);
+        check_contiguous(dscale);
+    }
+    const int64_t chunks = batch * chunks_per_sample(tokens);
+    Scratch scratch(run.threads, 5 * dim), products(1, chunks * dim);
+    parallel_for(run, chunks, [&](int64_t begin, int64_t end, int thread) {
+        float* buffer = scratch.of(thread);
+        for (int64_t c = begin; c < end; ++c) {
+            const Chunk chunk = chunk_at(c, tokens);
+            const float* factor = sample_factor(weight, scale, chunk.sample, buffer);
+            float* product = products.of(0) + c * dim;
+            std::memset(product, 0, static_cast<size_t>(dim) * sizeof(float));
+            for (int64_t t = chunk.first; t < chunk.first + chunk.count; ++t) {
+                const int64_t row = chunk.sample * tokens + t;
+                const float* in = load_row(x, chunk.sample * x.stride[0] + t * x.stride[1], dim, buffer + 2 * dim);
+                const float* up = load_row(dy, chunk.sample * dy.stride[0] + t * dy.stride[1], dim, buffer + 3 * dim);
+                float* out = row_target(dx, row * dim, buffer + 4 * dim);
+                row_backward(up, in, factor, rstd.as<const float>()[row], out, product, dim);
+                store_row(dx, row * dim, dim, out);
+            }
+        }
+    });
+    reduce_modulation(run, products.of(0), weight, scale, dweight, dscale, batch, tokens);
 }
 
+}  // namespace BLIP3O_ISA
 }  // namespace blip3o_fast

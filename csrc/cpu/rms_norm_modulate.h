@@ -1,21 +1,16 @@
-// rms_norm_modulate on a CPU, fp32. The formula and its backward stand in blip3o_fast/ops/rms_norm_modulate.py.
+// rms_norm_modulate on a CPU. The formula and its backward stand in blip3o_fast/ops/rms_norm_modulate.py.
 #pragma once
-#include <cstdint>
+
+#include "run.h"
 
 namespace blip3o_fast {
 
-// [B, T, D] with unit last stride; batch_stride and token_stride in elements.
-struct Rows {
-    int64_t batch, tokens, dim, batch_stride, token_stride;
-};
+// x, y [B, T, D], y contiguous; weight [D]; scale [B, D] or absent; rstd [B, T] fp32.
+BLIP3O_KERNEL(rms_norm_modulate_fwd, const View& x, const View& weight, const View& scale, const View& y,
+              const View& rstd, double eps)
 
-// scale [B, D] with row stride scale_stride, or null; y [B, T, D] contiguous; rstd [B, T].
-void rms_norm_modulate_fwd(const float* x, const float* weight, const float* scale, float* y, float* rstd,
-                           Rows rows, int64_t scale_stride, float eps);
-
-// dy is laid out by dy_rows, x by x_rows; dx contiguous; dweight [D]; dscale [B, D] contiguous, null with scale.
-void rms_norm_modulate_bwd(const float* dy, const float* x, const float* weight, const float* scale,
-                           const float* rstd, float* dx, float* dweight, float* dscale, Rows dy_rows, Rows x_rows,
-                           int64_t scale_stride);
+// dy, x, dx [B, T, D]; dweight [D]; dscale [B, D] contiguous, absent with scale.
+BLIP3O_KERNEL(rms_norm_modulate_bwd, const View& dy, const View& x, const View& weight, const View& scale,
+              const View& rstd, const View& dx, const View& dweight, const View& dscale)
 
 }  // namespace blip3o_fast

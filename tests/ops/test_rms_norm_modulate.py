@@ -8,6 +8,7 @@ import torch
 from diffusers.models.normalization import LuminaRMSNormZero, RMSNorm
 from torch import Tensor
 
+from blip3o_fast import _ext
 from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import rms_norm_modulate, rms_norm_modulate_ref, use_backend
 from blip3o_fast.testing import (
@@ -74,17 +75,14 @@ def test_is_diffusers_first_norm():
 def test_contract(backend, shape, dtypes, scaled):
     named = inputs(shape, dtypes, scaled)
     with use_backend(backend):
-        if backend == "cpu" and {a.dtype for a in named.values() if a is not None} != {torch.float32}:
-            with pytest.raises(RuntimeError, match="its cpu kernel is float32 only"):
-                rms_norm_modulate(**named)
-        else:
-            assert_op_contract(rms_norm_modulate, eager, rms_norm_modulate_ref, named, torch.randn(shape))
+        assert_op_contract(rms_norm_modulate, eager, rms_norm_modulate_ref, named, torch.randn(shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_rounds_once(dtype):
+def test_rounds_once(backend, dtype):
     named, dy = inputs((4, 64, 96), (dtype,) * 3), torch.randn(4, 64, 96).to(dtype)
-    ours = with_gradients(rms_norm_modulate, named, dy)
+    with use_backend(backend):
+        ours = with_gradients(rms_norm_modulate, named, dy)
     gold = with_gradients(rms_norm_modulate_ref, in_double(named), dy)
     for name, value in ours.items():
         assert_rounded_once(value, gold[name], name)
@@ -96,20 +94,13 @@ def test_gradcheck(scaled):
     assert torch.autograd.gradcheck(lambda *a: rms_norm_modulate(*a, eps=1e-3), args)
 
 
-def test_cpu_kernel_is_launched(monkeypatch):
-    if OP._ext.C is None:
-        pytest.skip(OP._ext.ERROR)
-    calls = []
-    real = OP._ext.C
-
-    class Spy:
-        def __getattr__(self, name):
-            calls.append(name)
-            return getattr(real, name)
-
-    monkeypatch.setattr(OP._ext, "C", Spy())
+def test_cpu_kernels_are_called(cpu_calls):
     with_gradients(rms_norm_modulate, inputs((2, 3, 16)), torch.randn(2, 3, 16))
-    assert calls == ["rms_norm_modulate_fwd", "rms_norm_modulate_bwd"]
+    assert cpu_calls == ["rms_norm_modulate_fwd", "rms_norm_modulate_bwd"]
+
+
+def test_threads_change_no_bit(threads_agree):
+    threads_agree(rms_norm_modulate, inputs((3, 37, 96)), torch.randn(3, 37, 96))
 
 
 def test_triton_kernels_are_launched():
@@ -151,15 +142,14 @@ def test_compile_does_not_recompile_per_batch(backend):
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, MIXED], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_returns_its_dtype(dtype, dtypes):
+def test_autocast_returns_its_dtype(backend, dtype, dtypes):
     named, dy = inputs((2, 8, 64), dtypes), torch.randn(2, 8, 64)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype), use_backend(backend):
         assert_op_contract(rms_norm_modulate, eager, rms_norm_modulate_ref, named, dy, dtypes=[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_extremes_stay_finite(backend, dtype):
-    backend = "auto" if dtype != torch.float32 else backend
     x = torch.zeros(1, 3, 64, dtype=dtype)
     x[0, 1], x[0, 2, 5] = 1e4, 6e4
     with use_backend(backend):
@@ -181,9 +171,10 @@ def test_names_what_cannot_run():
         rms_norm_modulate(**in_double(named))
     with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
         rms_norm_modulate(**named)
-    if OP._ext.C is not None:
-        with use_backend("cpu"), pytest.raises(RuntimeError, match="its cpu kernel is float32 only"):
-            rms_norm_modulate(**named)
+    message = "its cpu kernel takes float32, bfloat16 and float16, got torch.float64"
+    if _ext.C is not None:
+        with use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+            rms_norm_modulate(**in_double(named))
     with pytest.raises(ValueError, match=re.escape("backend must be one of auto, reference, triton, cuda, cpu")):
         use_backend("fast")
 

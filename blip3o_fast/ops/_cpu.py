@@ -1,0 +1,71 @@
+"""The door to the C++ kernels: which instruction set runs, and how a tensor is handed over.
+
+The extension holds every kernel once per instruction set. The best that the machine runs is chosen when the first kernel
+is called; `use_isa` forces another, so that one machine can test all that it has.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_fast import _ext
+from blip3o_fast.ops._switch import Switch
+
+_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int64: 3,
+    torch.uint8: 4,
+    torch.bool: 4,
+    torch.int8: 5,
+    torch.int32: 6,
+}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# The instruction sets of this build that this machine runs, slowest first; empty without the extension.
+ISAS: tuple[str, ...] = (
+    () if _ext.C is None else tuple(name for i, name in enumerate(_ext.C.isas) if _ext.C.runs_here(i))
+)
+
+
+class use_isa(Switch):
+    """Run the C++ kernels with one instruction set: `use_isa("avx2")` from here on, `with use_isa("avx2"):` inside.
+
+    name: one of `ISAS`, or "auto" (the default: the last of them). Raises ValueError for a name that this machine or
+    this build does not have.
+    """
+
+    active = "auto"
+
+    def __init__(self, name: str) -> None:
+        if name not in ("auto", *ISAS):
+            raise ValueError(f"isa must be one of {', '.join(('auto', *ISAS))} on this machine, got {name!r}")
+        super().__init__(name)
+
+
+def active_isa() -> str:
+    """The instruction set that a kernel called now would run with."""
+    return ISAS[-1] if use_isa.active == "auto" else use_isa.active
+
+
+def refusal(x: Tensor, *others: Tensor | None) -> str | None:
+    """None where the extension can run an op on these tensors, else the reason; integer and bool tensors may be any."""
+    if _ext.C is None:
+        return _ext.ERROR
+    tensors = [x, *(t for t in others if t is not None)]
+    wrong = sorted({str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in _FLOATS})
+    return f"its cpu kernel takes float32, bfloat16 and float16, got {', '.join(wrong)}" if wrong else None
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run the kernel `name` on torch's number of threads. Tensors are described, None and numbers go as they are.
+
+    Raises ValueError naming the argument that the kernel refuses.
+    """
+    isa = _ext.C.isas.index(active_isa())
+    described = [
+        (arg.data_ptr(), _CODES[arg.dtype], arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg for arg in args
+    ]
+    return getattr(_ext.C, name)(isa, torch.get_num_threads(), *described)
