@@ -42,7 +42,7 @@ int main() { return std::optional<int>(0).value(); }
 COMMON = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-# Each file of csrc/cpu is compiled once per instruction set: (flags, bytes of a vector). The choice is made at run time.
+# Each file of csrc/cpu is compiled once per instruction set, to be chosen at run time: (flags, bytes of a vector).
 ISAS = {
     "generic": ([], 16),
     "avx2": (_AVX2, 32),

@@ -1,7 +1,7 @@
 """The door to the C++ kernels: which instruction set runs, and how a tensor is handed over.
 
-The extension holds every kernel once per instruction set. The best that the machine runs is chosen when the first kernel
-is called; `use_isa` forces another, so that one machine can test all that it has.
+The extension holds every kernel once per instruction set. The best that the machine runs is what runs;
+`use_isa` forces another, so that one machine can test all that it has.
 """
 
 from typing import Any
