@@ -3,6 +3,10 @@
 #define _POSIX_C_SOURCE 199309L
 #include <time.h>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
@@ -44,4 +48,32 @@ double fma_probe(long iterations) {
     volatile float keep = sum;  // the work must have a use, or the compiler removes it
     (void)keep;
     return 2.0 * LANES * CHAINS * (double)iterations / elapsed * 1e-9;
+}
+
+// The same for products of bfloat16 summed in fp32 (a lane multiplies two pairs); 0 where the CPU has no such instruction.
+double bf16_probe(long iterations) {
+#if defined(__AVX512BF16__)
+    __m512 acc[CHAINS];
+    const __m512bh zero = (__m512bh)_mm512_setzero_si512(), one = (__m512bh)_mm512_set1_epi16(0x3f80);
+#pragma GCC unroll 12
+    for (int c = 0; c < CHAINS; ++c) acc[c] = _mm512_set1_ps(0.5f + 0.01f * (float)c);
+    double start = seconds();
+    for (long i = 0; i < iterations; ++i) {
+#pragma GCC unroll 12
+        for (int c = 0; c < CHAINS; ++c) {
+            acc[c] = _mm512_dpbf16_ps(acc[c], zero, one);
+            __asm__ volatile("" : "+v"(acc[c]));  // no round is to be left out, and no accumulator to leave its register
+        }
+    }
+    double elapsed = seconds() - start;
+    float sum = 0;
+#pragma GCC unroll 12
+    for (int c = 0; c < CHAINS; ++c) sum += _mm512_reduce_add_ps(acc[c]);
+    volatile float keep = sum;
+    (void)keep;
+    return 4.0 * 16 * CHAINS * (double)iterations / elapsed * 1e-9;
+#else
+    (void)iterations;
+    return 0.0;
+#endif
 }

@@ -147,7 +147,8 @@ def build_fma_probe() -> ctypes.CDLL | None:
         if _output(found, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), source) is None:
             return None
         probe = ctypes.CDLL(str(library))  # stays mapped after the file is gone
-    probe.fma_probe.restype, probe.fma_probe.argtypes = ctypes.c_double, [ctypes.c_long]
+    for function in (probe.fma_probe, probe.bf16_probe):
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long]
     return probe
 
 
@@ -166,6 +167,7 @@ class Ceilings:
         self.device, self.clock = device, clock
         self.fma_one: list[float] = []
         self.fma_all: list[float] = []
+        self.bf16_all: list[float] = []  # empty where the CPU does not multiply bfloat16
         self.copies: list[float] = []
         self.cpus = affinity()
         threads = torch.get_num_threads()
@@ -196,6 +198,8 @@ class Ceilings:
         else:
             self.fma_one.append(self._burst([self.pins[len(self.fma_one) % len(self.pins)]]))
             self.fma_all.append(self._burst(self.pins))
+            if self.probe.bf16_probe(1) > 0:
+                self.bf16_all.append(self._burst(self.pins, self.probe.bf16_probe))
         self.last_fma = self.clock()
 
     def copy(self) -> None:
@@ -223,6 +227,7 @@ class Ceilings:
             "fma_gflops": max(self.fma_all, default=None),
             "fma_gflops_one_core": max(self.fma_one, default=None),
             "fma_probes": len(self.fma_all),
+            "bf16_gflops": max(self.bf16_all, default=None),
             "copy_gbps": max(self.copies),
             "copy_probes": len(self.copies),
             "copy_bytes": 2 * 4 * self.source.numel(),
@@ -233,14 +238,15 @@ class Ceilings:
         torch.mm(self.matrix, self.matrix)
         return 2 * 192**3 / (self.clock() - start) * 1e-9
 
-    def _burst(self, pins: list[Any]) -> float:
+    def _burst(self, pins: list[Any], probe: Any = None) -> float:
         rates: list[float] = []
+        probe = self.probe.fma_probe if probe is None else probe  # type: ignore[union-attr]
 
         def run(pin: int | None) -> None:
             # a thread of its own, so that the pinning ends with it
             if pin is not None:
                 os.sched_setaffinity(0, {pin})
-            rates.append(self.probe.fma_probe(self.iterations))  # type: ignore[union-attr]
+            rates.append(probe(self.iterations))
 
         threads = [threading.Thread(target=run, args=(pin,)) for pin in pins]
         for thread in threads:

@@ -98,7 +98,10 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    session.config.stash[KEY].finish()
+    run = session.config.stash[KEY]
+    run.finish()
+    if run.limits is not None and table.impossible(run.rows, run.limits) and session.exitstatus == 0:
+        session.exitstatus = 1
 
 
 @pytest.hookimpl(tryfirst=True)

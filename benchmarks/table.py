@@ -48,6 +48,25 @@ def _share(amount: float | None, ceiling: float | None) -> str:
     return "" if amount is None or not ceiling else f"{100 * amount / ceiling:.0f} %"
 
 
+def ceiling(row: dict[str, Any], limits: dict[str, Any]) -> float | None:
+    """GFLOP/s that the row's arithmetic could reach, None where no probe says: 8-bit products have none."""
+    if row["provider"] == "int8":
+        return None
+    if row["case"].get("dtype") == "bfloat16" and limits.get("bf16_gflops"):
+        return float(limits["bf16_gflops"])
+    return limits.get("fma_gflops")
+
+
+def impossible(rows: Iterable[dict[str, Any]], limits: dict[str, Any]) -> list[str]:
+    """Rows that claim more than the ceiling: then the time or the ceiling is wrong, and so may be all others."""
+    found = []
+    for row in rows:
+        limit = ceiling(row, limits)
+        if limit and row["gflops"] is not None and row["gflops"] > limit:
+            found.append(f"{row['suite']} {row['case']} {row['provider']}: {row['gflops']:.1f} of {limit:.1f} GFLOP/s")
+    return found
+
+
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -105,7 +124,7 @@ def _cells(row: dict[str, Any], limits: dict[str, Any], first: bool) -> list[str
         "" if row["gbps"] is None else f"{row['gbps']:.1f}",
         _share(row["gbps"], limits.get("copy_gbps")),
         "" if row["gflops"] is None else f"{row['gflops']:.1f}",
-        _share(row["gflops"], limits.get("fma_gflops")),
+        _share(row["gflops"], ceiling(row, limits)),
         error,
         "ok" if row["inexact"] is None else "inexact",
     ]
@@ -145,10 +164,14 @@ def lines(rows: Iterable[dict[str, Any]], limits: dict[str, Any], colour: bool =
             yield (
                 f"FMA ceiling   {fma:.1f} GFLOP/s fp32{single}, best of {limits['fma_probes']}: {limits['fma_probe']}"
             )
+        if limits.get("bf16_gflops"):
+            yield f"bf16 ceiling  {limits['bf16_gflops']:.1f} GFLOP/s of bfloat16 products summed in fp32"
         yield (
             f"copy ceiling  {limits['copy_gbps']:.1f} GB/s read plus written, best of {limits['copy_probes']} "
             f"copies of {limits['copy_bytes'] / 2e6:.0f} MB"
         )
+    for claim in impossible(rows, limits):
+        yield paint(f"more than the ceiling: {claim}", RED)
     bad = [row for row in rows if row["status"] in ("FAILED", "error")]
     if bad:
         yield paint(f"{len(bad)} of {len(rows)} rows are wrong or broken", RED)

@@ -139,7 +139,9 @@ def test_every_op_has_one_name_in_every_folder() -> None:
         assert (ROOT / "tests" / "ops" / f"test_{name}.py").is_file(), f"tests/ops/test_{name}.py is missing"
     for pattern in ("kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "benchmarks/ops/*.py"):
         stems = {p.stem for p in ROOT.glob(pattern) if not p.stem.startswith("_")}
-        assert stems <= names, f"{pattern} names no op: {sorted(stems - names)}"
+        # what is too long for one file is split into <op>_<part>
+        strange = {s for s in stems if not any(s == name or s.startswith(f"{name}_") for name in names)}
+        assert not strange, f"{pattern} names no op: {sorted(strange)}"
     exported = {name for name in ops.__all__ if hasattr(ops, f"{name}_ref")}
     assert exported == names, "an op lives in the file of its name"
 

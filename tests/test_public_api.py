@@ -32,6 +32,7 @@ OPS = {
     "layer_norm_modulate",
     "merged_linear",
     "ode_step",
+    "packed_linear",
     "qk_norm_rope",
     "rms_norm_modulate",
     "swiglu",

@@ -4,6 +4,7 @@ Neither x_t nor the time enters the projected context, its mean, or any block's 
 sampler that calls the network thirty times with one condition needs them once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,24 @@ class PreparedCondition:
     keys_values: tuple[tuple[Tensor, Tensor] | None, ...]
 
 
-def prepare(model: Any, encoder_hidden_states: Tensor, encoder_mask: Tensor | None) -> PreparedCondition:
-    """encoder_hidden_states [B, L, E] and its mask, through everything that needs nothing else."""
+def prepare(
+    model: Any,
+    encoder_hidden_states: Tensor,
+    encoder_mask: Tensor | None,
+    projections: Sequence[Any] | None = None,
+) -> PreparedCondition:
+    """encoder_hidden_states [B, L, E] and its mask, through everything that needs nothing else.
+
+    projections: per block, who computes its matrix products (None: the block itself).
+    """
     context = fused.project_context(model, encoder_hidden_states)
+    products = projections or [None] * len(model.layers)
     return PreparedCondition(
         context,
         fused.pool_context(context, encoder_mask),
         None if encoder_mask is None else encoder_mask.bool(),
-        tuple(fused.context_key_value(block, context) if fused.fusable(block) else None for block in model.layers),
+        tuple(
+            fused.context_key_value(block, context, product) if fused.fusable(block) else None
+            for block, product in zip(model.layers, products, strict=True)
+        ),
     )

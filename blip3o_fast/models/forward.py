@@ -62,7 +62,8 @@ def _dense(weight: Tensor | None) -> bool:
     return weight is None or type(weight) in (nn.Parameter, Tensor) or isinstance(weight, FakeTensor)
 
 
-def _plain_linear(module: Any) -> bool:
+def plain_linear(module: Any) -> bool:
+    """An `nn.Linear` whose weight may be read instead of calling it."""
     return type(module) is nn.Linear and _untouched(module) and _dense(module.weight)
 
 
@@ -97,7 +98,7 @@ def carries(block: Any, kind: type[nn.Module]) -> bool:
     block's output alone.
     """
     of_our_kind = type(block) is kind
-    return of_our_kind and _untouched(block) and fusable(block) and _plain_linear(block.norm1.linear)
+    return of_our_kind and _untouched(block) and fusable(block) and plain_linear(block.norm1.linear)
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def carries(block: Any, kind: type[nn.Module]) -> bool:
 
 def project(x: Tensor, linears: tuple[Any, ...]) -> Tensor:
     """All the layers' outputs side by side in the last dimension, by one GEMM where their weights can be read."""
-    if all(_plain_linear(linear) for linear in linears):
+    if all(plain_linear(linear) for linear in linears):
         biases = [linear.bias for linear in linears]
         if all(bias is None for bias in biases):
             return ops.merged_linear(x, [linear.weight for linear in linears])
@@ -126,11 +127,41 @@ def _qk_eps(attn: Any) -> float:
     return 1e-5 if attn.norm_q is None else float(attn.norm_q.eps)
 
 
-def context_key_value(block: Any, context: Tensor) -> tuple[Tensor, Tensor]:
+class Projections:
+    """The matrix products of one block. Whoever has the weights in another form gives a block an object like this.
+
+    Each takes and returns [B, T, ...] (the modulation [B, ...]); what is returned is read before the next call.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self.layers = projection_groups(block)
+
+    def modulation(self, conditioning: Tensor) -> Tensor:
+        """[B, 4 D] of silu(y) [B, A]."""
+        return self.block.norm1.linear(conditioning)
+
+    def queries_keys_value(self, normed: Tensor) -> Tensor:
+        """Columns q1, k1, q2, v1."""
+        return project(normed, self.layers[0])
+
+    def context_key_value(self, normed: Tensor) -> Tensor:
+        """Columns k2, v2."""
+        return project(normed, self.layers[1])
+
+    def attention_output(self, attended: Tensor) -> Tensor:
+        return project(attended, (self.block.attn2.to_out[0],))
+
+    def feed_forward(self, u: Tensor) -> Tensor:
+        return project(ops.swiglu(project(u, self.layers[2])), (self.block.feed_forward.linear_2,))
+
+
+def context_key_value(block: Any, context: Tensor, projections: Any = None) -> tuple[Tensor, Tensor]:
     """k2 [B, L, K, d] (normed, never rotated) and v2 [B, L, K, d] of context [B, L, E']."""
     attn, head_dim = block.attn2, block.head_dim
+    projections = Projections(block) if projections is None else projections
     normed = ops.rms_norm_modulate(context, block.norm1_context.weight, eps=block.norm1_context.eps)
-    key_value = project(normed, (attn.to_k, attn.to_v))
+    key_value = projections.context_key_value(normed)
     width = key_value.shape[-1] // 2
     # split, not two slices: the backward joins the two gradients in one pass, where slices add two padded ones.
     key, value = key_value.split(width, dim=-1)
@@ -147,9 +178,10 @@ def context_key_value(block: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     return key, value.unflatten(-1, (-1, head_dim))
 
 
-def modulate(block: Any, conditioning: Tensor) -> tuple[Tensor, ...]:
+def modulate(block: Any, conditioning: Tensor, projections: Any = None) -> tuple[Tensor, ...]:
     """scale_msa, gate_msa, scale_mlp, gate_mlp, each a strided [B, D] of one [B, 4 D]. conditioning = silu(y)."""
-    return block.norm1.linear(conditioning).chunk(4, dim=1)
+    projections = Projections(block) if projections is None else projections
+    return projections.modulation(conditioning).chunk(4, dim=1)
 
 
 def block_forward(
@@ -164,23 +196,24 @@ def block_forward(
     following: Any = None,
     following_modulation: tuple[Tensor, ...] | None = None,
     key_value: tuple[Tensor, Tensor] | None = None,
+    projections: Any = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """One block: h [B, T, D], conditioning = silu(y) [B, A], context [B, L, E'].
 
     normed and modulation: this block's first norm and its modulation where the block before has made them.
     following: the next block, if its first norm is to be made here; following_modulation: its modulation where it was
     made before. Returns (h, its normed, its modulation).
-    key_value: `context_key_value(block, context)` where it was made before.
+    key_value: `context_key_value(block, context)` where it was made before. projections: instead of the block's own.
     """
     attn1, attn2, head_dim = block.attn1, block.attn2, block.head_dim
+    projections = Projections(block) if projections is None else projections
     if modulation is None:
-        modulation = modulate(block, conditioning)
+        modulation = modulate(block, conditioning, projections)
     scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
     if normed is None:
         normed = ops.rms_norm_modulate(h, block.norm1.norm.weight, scale_msa, eps=block.norm1.norm.eps)
-    qkqv_layers, _, ffn_layers = projection_groups(block)
 
-    projected = project(normed, qkqv_layers)
+    projected = projections.queries_keys_value(normed)
     # Columns q1, k1, q2, v1, of H, K, H and K heads.
     heads = block.gate.shape[0]
     kv_heads = projected.shape[-1] // (2 * head_dim) - heads
@@ -196,15 +229,15 @@ def block_forward(
         eps=_qk_eps(attn1),
     )
     v1 = value.unflatten(-1, (kv_heads, head_dim))
-    k2, v2 = context_key_value(block, context) if key_value is None else key_value
+    k2, v2 = context_key_value(block, context, projections) if key_value is None else key_value
     attended = ops.dual_attention(qkq, v1, k2, v2, block.gate, scale=grid.self_scale(head_dim), mask=grid.mask)
-    out = attn2.to_out[0](attended)
+    out = projections.attention_output(attended)
 
     # The ops take one eps for both norms they make; every RMSNorm of the network has the config's.
     h, u = ops.gated_residual_modulate(
         h, out, gate_msa, block.norm2.weight, block.ffn_norm1.weight, scale_mlp, eps=block.norm2.eps
     )
-    forwarded = block.feed_forward.linear_2(ops.swiglu(project(u, ffn_layers)))
+    forwarded = projections.feed_forward(u)
     if following is None:
         h = ops.gated_residual(h, forwarded, gate_mlp, block.ffn_norm2.weight, eps=block.ffn_norm2.eps)
         return h, None, None

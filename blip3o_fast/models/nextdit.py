@@ -1,6 +1,6 @@
 """BLIP3oDiT: the BLIP3-o diffusion transformer (a Lumina NextDiT over 64 tokens) as a standard nn.Module."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,27 @@ class BLIP3oDiT(
 
         Returns [B, N, out_channels] or [B, out_channels, H, W]. Raises ValueError where a shape or dtype does not fit.
         """
+        return self._predict(
+            hidden_states,
+            timestep,
+            encoder_hidden_states,
+            encoder_mask,
+            base_sequence_length=base_sequence_length,
+            image_rotary_emb=image_rotary_emb,
+        )
+
+    def _predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | PreparedCondition,
+        encoder_mask: Tensor | None = None,
+        *,
+        base_sequence_length: int | None = None,
+        image_rotary_emb: Tensor | None = None,
+        projections: Sequence[Any] | None = None,
+    ) -> Tensor:
+        """`forward`. projections: per block, who computes its matrix products (None: the block itself)."""
         config = self.config
         inputs.check_tensors(hidden_states=hidden_states, timestep=timestep)
         image, as_tokens = to_image(hidden_states, config)
@@ -134,7 +155,7 @@ class BLIP3oDiT(
         y = fused.embed_condition(self, timestep.expand(batch), pooled)
         conditioning = nn.functional.silu(y)
         grid = fused.Grid(rope, mask, base_sequence_length)
-        h = self._run_blocks(h, y, context, grid, conditioning, keys_values)
+        h = self._run_blocks(h, y, context, grid, conditioning, keys_values, projections)
         return from_tokens(fused.head(self, h, conditioning), config, rows, columns, as_tokens=as_tokens)
 
     def prepare_condition(self, encoder_hidden_states: Tensor, encoder_mask: Tensor | None = None) -> PreparedCondition:
@@ -156,18 +177,24 @@ class BLIP3oDiT(
         grid: fused.Grid,
         conditioning: Tensor,
         keys_values: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+        projections: Sequence[Any] | None = None,
     ) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             for layer in self.layers:
                 h = checkpoint(layer, h, y, context, grid, conditioning, use_reentrant=False, **self._checkpoint_kwargs)
             return h
-        open_to_carry = [fused.carries(layer, NextDiTBlock) for layer in self.layers]
+        layers, products = self.layers, projections or [None] * len(self.layers)
+        open_to_carry = [fused.carries(layer, NextDiTBlock) for layer in layers]
         normed = modulation = None
-        for i, layer in enumerate(self.layers):
-            made = {} if keys_values is None else {"key_value": keys_values[i]}
-            if i + 1 < len(open_to_carry) and open_to_carry[i] and open_to_carry[i + 1]:
+        for i, layer in enumerate(layers):
+            made: dict[str, Any] = {} if keys_values is None else {"key_value": keys_values[i]}
+            if products[i] is not None:
+                made["projections"] = products[i]
+            if i + 1 < len(layers) and open_to_carry[i] and open_to_carry[i + 1]:
+                if products[i + 1] is not None:
+                    made["following_modulation"] = fused.modulate(layers[i + 1], conditioning, products[i + 1])
                 h, normed, modulation = layer(
-                    h, y, context, grid, conditioning, normed, modulation, following=self.layers[i + 1], **made
+                    h, y, context, grid, conditioning, normed, modulation, following=layers[i + 1], **made
                 )
             else:
                 h = layer(h, y, context, grid, conditioning, normed, modulation, **made)
