@@ -14,7 +14,7 @@ PYTEST := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m py
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard scripts/*.sh) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type docs bench sass-report launch-report gpu-check tune clean
+.PHONY: help setup demo test test-all lint type docs bench bench-cpu memory-report sass-report launch-report gpu-check tune clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -45,6 +45,12 @@ docs: .venv/.stamp  ## every link, path, command and Python block of the documen
 
 bench: .venv/.stamp  ## time what exists against eager and torch.compile, with correctness in the same run
 	@$(PYTHON) -m benchmarks --set quick
+
+bench-cpu: .venv/.stamp  ## the CPU engine: products, ops, a block and its training beside their peers, and its goals
+	@$(PYTHON) -m benchmarks --set cpu $(FLAGS)
+
+memory-report: .venv/.stamp  ## peak memory and time of a full forward on a CPU, per way of storing the weights
+	@$(PYTHON) -m benchmarks.model_memory $(FLAGS)
 
 sass-report: .venv/.stamp  ## registers, memory and instructions of every kernel for every GPU, without one
 	@$(PYTHON) scripts/sass_report.py $(FLAGS)

@@ -2,19 +2,29 @@
 
 import argparse
 import ast
+import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MACHINERY = {
     *("__main__", "cases", "goals", "gpu_rows", "gpu_timing", "harness"),
-    *("machine", "plugin", "rows", "table", "work"),
+    *("cpu_goals", "machine", "model_memory", "plugin", "rows", "table", "work"),
 }
 QUICK = ("rms_norm_modulate", "model_block")  # under 5 minutes on two cores, without the cases marked `full`
+SETS = {"quick": QUICK, "cpu": ("packed_linear", "cpu_block", "cpu_ops", "model_block")}
+# How the libraries are told to leave AVX-512 alone, so that one machine can stand for those that have none.
+AVX2_ONLY = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+}
 
 EPILOG = """\
 examples:
   python -m benchmarks --set quick                          what `make bench` runs
+  python -m benchmarks --set cpu                            what `make bench-cpu` runs
   python -m benchmarks --op rms_norm_modulate --set full    all cases of one file
   python -m benchmarks --list                               what there is
   python -m benchmarks --op model_block -- --benchmark-json=block.json
@@ -40,11 +50,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--set", choices=("quick", "full"), help="quick (the default) or full: files and cases")
+    parser.add_argument("--set", choices=("quick", "cpu", "full"), help="quick (the default), cpu or full")
     parser.add_argument("--op", action="append", metavar="NAME", help="only this file (may be repeated)")
     parser.add_argument("--file", action="append", metavar="PATH", type=Path, help="a benchmark file of your own")
     parser.add_argument("--list", action="store_true", help="show the files and what they measure")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors are (cpu)")
+    parser.add_argument("--isa", choices=("auto", "avx2"), default="auto", help="avx2: everybody does without AVX-512")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (its own default)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds at least (7)")
     parser.add_argument("--seconds", type=float, default=1.0, help="timed seconds per provider and mode (1)")
@@ -75,7 +86,9 @@ def selected(options: argparse.Namespace) -> list[Path]:
     known = suites()
     if options.op or options.file:
         return [known[name] for name in options.op or []] + list(options.file or [])
-    return list(known.values()) if options.set == "full" else [known[name] for name in QUICK if name in known]
+    if options.set == "full":
+        return list(known.values())
+    return [known[name] for name in SETS[options.set or "quick"] if name in known]
 
 
 def main(arguments: list[str]) -> int:
@@ -90,6 +103,9 @@ def main(arguments: list[str]) -> int:
     except ImportError as error:
         print(f'benchmarks need pytest-benchmark: pip install -e ".[dev]" ({error})', file=sys.stderr)
         return 2
+    if options.isa == "avx2":
+        assert "torch" not in sys.modules, "the libraries have read these variables already"
+        os.environ.update(AVX2_ONLY)
     if options.device == "cuda":
         import torch
 
@@ -111,6 +127,7 @@ def main(arguments: list[str]) -> int:
     command += ["-s", "-qq", "-rN", "--no-header", "--disable-warnings", "-o", "console_output_style=classic"]
     command += ["--benchmark-quiet", f"--benchmark-min-rounds={options.rounds}", "--benchmark-min-time=0.001"]
     command += [f"--benchmark-max-time={options.seconds}", f"--bench-device={options.device}"]
+    command += [f"--bench-isa={options.isa}"]
     command += ["--benchmark-disable"] if options.check_only else []
     command += [] if options.threads is None else [f"--bench-threads={options.threads}"]
     command += [] if options.results is None else [f"--bench-results={options.results}"]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import blip3o_fast
+from blip3o_fast.ops._cpu import ISAS, active_isa, use_isa
 
 ROOT = Path(__file__).resolve().parent.parent
 # Instruction sets that decide how fast this package's kernels and the BLAS can be.
@@ -102,6 +103,7 @@ def stamp(device: str = "cpu") -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "affinity": affinity(),
         "threads": torch.get_num_threads(),
+        "isa": active_isa() if ISAS else None,  # that our own kernels run with
         "cache_bytes": cache_bytes(),
         "load_average_at_start": load,
         "system": platform.platform(),
@@ -136,15 +138,16 @@ def slug(stamp: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def build_fma_probe() -> ctypes.CDLL | None:
-    """fma_probe.c built for this CPU and loaded, or None where there is no C compiler."""
+def build_fma_probe(isa: str = "auto") -> ctypes.CDLL | None:
+    """fma_probe.c built for this CPU, or for less of it, and loaded; None where there is no C compiler."""
     found = next((p for p in map(shutil.which, ("cc", "gcc", "clang")) if p), None)
     if found is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "fma_probe.so")
         source = str(Path(__file__).with_name("fma_probe.c"))
-        if _output(found, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), source) is None:
+        flags = ("-mavx2", "-mfma") if isa == "avx2" else ("-march=native",)
+        if _output(found, "-O3", *flags, "-shared", "-fPIC", "-o", str(library), source) is None:
             return None
         probe = ctypes.CDLL(str(library))  # stays mapped after the file is gone
     for function in (probe.fma_probe, probe.bf16_probe):
@@ -172,7 +175,7 @@ class Ceilings:
         self.cpus = affinity()
         threads = torch.get_num_threads()
         self.pins: list[Any] = self.cpus[:threads] if self.cpus and len(self.cpus) >= threads else [None] * threads
-        self.probe = build_fma_probe() if device == "cpu" else None
+        self.probe = build_fma_probe(use_isa.active) if device == "cpu" else None
         self.kind = "none"
         if self.probe is not None:
             self.kind = f"C loop of fp32 vector multiply-adds, {self.probe.lanes()} lanes, one pinned thread per core"

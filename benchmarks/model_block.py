@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.work import Absent, Inputs, Values, Verdict, Work, compiled, error_bound, judge_by_contract, values
+from benchmarks.work import (
+    Absent,
+    Inputs,
+    Values,
+    Verdict,
+    Work,
+    compiled,
+    error_bound,
+    judge_by_contract,
+    saved_bytes,
+    values,
+)
 from blip3o_fast.models import BLIP3oConfig, BLIP3oDiT
 from blip3o_fast.models.eager import eager_block
 from blip3o_fast.models.forward import Grid
@@ -180,6 +191,9 @@ def work(
         return Inputs((x, context, temb), wrt, draw(*x.shape))
 
     eager = eager_provider(block, config, batch, device)
+    ours = on_triton(our_provider(block, config, device), device == "cuda" if triton is None else triton)
+    sample = inputs()
+    saved = {name: saved_bytes(run, sample) for name, run in (("eager", eager), ("ours", ours))}
     return Work(
         suite="model_block",
         case={
@@ -193,13 +207,14 @@ def work(
         providers={
             "eager": eager,
             "compile": compiled(eager, device) if compile else Absent("left out of this run"),
-            "ours": on_triton(our_provider(block, config, device), device == "cuda" if triton is None else triton),
+            "ours": ours,
         },
         gold=lambda given: exact(block, config, given, device),
         judge=judge if dtype == torch.float32 else functools.partial(judge_half, dtype=dtype),
-        bytes_moved=bytes_moved(block, inputs()),
+        bytes_moved=bytes_moved(block, sample),
         flops=flops(config, batch),
         modes=("forward", "both"),
+        details={name: f"saves {count / 1e6:.1f} MB" for name, count in saved.items()},
         rotate=False,  # the weights alone are several times the caches
     )
 

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine, table
+from benchmarks import cpu_goals, machine, table
 from benchmarks.harness import Settings, measure
 from benchmarks.rows import Writer
 from benchmarks.work import Work
+from blip3o_fast.ops import use_isa
 from blip3o_fast.timing import Timing
 
 KEY: "pytest.StashKey[Run]" = pytest.StashKey()
@@ -36,6 +37,7 @@ class Run:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device: str = config.getoption("bench_device")
+        use_isa(config.getoption("bench_isa"))
         self.stamp = machine.stamp(self.device)
         self.ceilings = machine.Ceilings(self.device)
         self.rows: list[dict[str, Any]] = []
@@ -77,6 +79,7 @@ class Run:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("blip3o_fast benchmarks")
     group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu", help="where the tensors are")
+    group.addoption("--bench-isa", default="auto", help="instruction set of our CPU kernels")
     group.addoption("--bench-threads", type=int, help="threads of PyTorch; its default otherwise")
     group.addoption("--bench-results", default=str(RESULTS), help="folder of the JSONL rows")
     group.addoption("--bench-no-save", action="store_true", help="write no rows")
@@ -111,6 +114,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not run.rows:
         return
     for line in table.lines(run.rows, run.limits or {}, colour=sys.stdout.isatty()):
+        run.say(line)
+    for line in cpu_goals.lines(run.rows, run.limits or {}, run.stamp["isa"]):
         run.say(line)
     if run.writer is not None:
         run.say(f"\nrows: {os.path.relpath(run.writer.path)}")

@@ -152,6 +152,22 @@ def gold_by(function: Callable[..., Any]) -> Callable[[Inputs], Values]:
     return gold
 
 
+def saved_bytes(function: Callable[..., Any], inputs: Inputs) -> int:
+    """What a forward keeps for its backward: bytes of the saved tensors' storages, weights and inputs left out."""
+    leaves = {tensor.untyped_storage()._cdata for tensor in (*inputs.wrt.values(), *inputs.args)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in leaves:
+            kept[storage] = tensor  # holds it, so that no later storage takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs.args)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 def compiled(function: Callable[..., Any], device: str = "cpu") -> Callable[..., Any] | Absent:
     """torch.compile of the function for static shapes, or the reason why there is none here."""
     if device == "cpu" and machine.compiler() is None:

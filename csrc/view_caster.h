@@ -22,8 +22,10 @@ namespace py = pybind11;
 template <class T>
 T convert_number(py::handle value, const char* name) {
     py::detail::make_caster<T> caster;
-    if (!caster.load(value, true))
-        refuse_argument(name, "must be a number, got " + std::string(py::str(py::type::of(value))));
+    if (!caster.load(value, true)) {
+        const char* needed = std::is_integral_v<T> ? "must be an int in range, got " : "must be a number, got ";
+        refuse_argument(name, needed + std::string(py::str(py::type::of(value))));
+    }
     return py::detail::cast_op<T>(caster);
 }
 
@@ -48,12 +50,15 @@ inline View convert_view(py::handle value, const char* name) {
         refuse_argument(name, "must have as many strides as sizes, at most " + std::to_string(max_rank));
     view.rank = static_cast<int>(shape.size());
     const int64_t item = item_size(view.dtype), limit = int64_t{1} << 46;  // elements and bytes stay far below overflow
-    int64_t extent = 1;
+    int64_t extent = 1, nonzero = 1;  // elements that the strides reach over; the product of the sizes that are not 0
     for (int i = 0; i < view.rank; ++i) {
         view.size[i] = convert_number<int64_t>(shape[i], name);
         view.stride[i] = convert_number<int64_t>(strides[i], name);
         if (view.size[i] < 0 || view.stride[i] < 0 || view.size[i] > limit || view.stride[i] > limit)
             refuse_argument(name, "has a size or stride that is negative or too large");
+        if (view.size[i] > 0 && nonzero > limit / view.size[i])
+            refuse_argument(name, "has more elements than memory can hold");
+        nonzero *= view.size[i] > 0 ? view.size[i] : 1;
     }
     bool empty = false;
     for (int i = 0; i < view.rank; ++i) empty = empty || view.size[i] == 0;

@@ -1,5 +1,6 @@
 // Elementary functions without branches and calls, so that loops over them are vectorised. Errors are those of fp32
-// arithmetic: at most 3 ulp each (tests/csrc/test_math.py). NaN gives NaN.
+// arithmetic: at most 3 ulp each (measured through the ops that use them: tests/ops/test_swiglu.py, test_gated_residual.py).
+// NaN gives NaN.
 #pragma once
 
 #include <cmath>
@@ -9,8 +10,8 @@
 namespace blip3o_fast {
 namespace BLIP3O_ISA {
 
-inline float power_of_two(int32_t n) {  // n in [-126, 127]
-    const int32_t bits = (n + 127) * (1 << 23);
+inline float power_of_two(int32_t n) {  // n in [-126, 127]; anything for others, which come of NaN
+    const uint32_t bits = (static_cast<uint32_t>(n) + 127u) << 23;
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
