@@ -1,7 +1,8 @@
-"""Loads the optional C++ extension once and remembers why it is missing.
+"""Loads the optional extensions and remembers why they are missing.
 
-`C` is the extension module or None; `ERROR` says why it is None. The hash of the sources that built the extension is
-compared with the source tree where there is one (a checkout, an editable install): a stale binary is not used.
+`C`, the C++ extension for the CPU, is a module or None; `ERROR` says why it is None. The hash of the sources that an
+extension was built from is compared with the source tree where there is one (a checkout, an editable install): a stale
+binary is not used.
 Imports only the standard library, since setup.py loads this file to stamp the same hash.
 """
 
@@ -23,21 +24,23 @@ def source_hash(folder: Path, *parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load() -> tuple[Any, str]:
+def load(name: str, part: str) -> tuple[Any, str]:
+    """The extension blip3o_fast.<name>, built from csrc and csrc/<part>, or None and the reason why it is missing."""
+    what = {"_C": "C++", "_cuda": "CUDA"}[name]
     try:
-        module = importlib.import_module("blip3o_fast._C")
+        module = importlib.import_module(f"blip3o_fast.{name}")
     except ImportError as error:
-        return None, f"not available: the C++ extension is not built ({error})"
+        return None, f"not available: the {what} extension is not built ({error})"
     if (SOURCES / "bindings.cpp").is_file():
-        built, tree = module.source_hash, source_hash(SOURCES, "cpu")
+        built, tree = module.source_hash, source_hash(SOURCES, part)
         if built != tree:
             return (
                 None,
-                f"not available: the C++ extension is stale (built from {built}, sources are {tree}); reinstall",
+                f"not available: the {what} extension is stale (built from {built}, sources are {tree}); reinstall",
             )
     return module, ""
 
 
 C: Any
 ERROR: str
-C, ERROR = (None, "") if __name__ != "blip3o_fast._ext" else _load()
+C, ERROR = (None, "") if __name__ != "blip3o_fast._ext" else load("_C", "cpu")

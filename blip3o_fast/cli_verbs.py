@@ -88,6 +88,9 @@ def sample(
     batch_size: Annotated[int, option("batch_size", "Pictures at a time; changes nothing in the result.")] = 64,
     seed: Annotated[int, option("seed", "Of the noise.")] = 0,
     device: Annotated[str, option("device", "auto, cpu or cuda.")] = "auto",
+    storage: Annotated[
+        str, option("storage", "Of the weights on a CPU: auto (exact), fp32, bf16, or int8 (fastest, approximate).")
+    ] = "auto",
 ) -> None:
     """Generate features for the conditions of a split, into one safetensors file.
 
@@ -114,6 +117,9 @@ def evaluate(
     batch_size: Annotated[int, option("batch_size", "Pictures at a time; changes nothing in the result.")] = 64,
     seed: Annotated[int, option("seed", "Of the noise.")] = 0,
     device: Annotated[str, option("device", "auto, cpu or cuda.")] = "auto",
+    storage: Annotated[
+        str, option("storage", "Of the weights on a CPU: auto (exact), fp32, bf16, or int8 (fastest, approximate).")
+    ] = "auto",
     samples: Annotated[Path | None, option("samples", "A file that `sample` wrote, instead of sampling again.")] = None,
     unconditional: Annotated[
         bool,

@@ -148,7 +148,7 @@ def backends() -> dict[str, str]:
     import torch
 
     from blip3o_fast import _ext, ops
-    from blip3o_fast.ops import _triton
+    from blip3o_fast.ops import _cuda, _triton
     from blip3o_fast.ops._backend import Backends
 
     native: dict[str, list[str]] = {}
@@ -172,7 +172,24 @@ def backends() -> dict[str, str]:
         "reference": "works: every op",
         "cpu": status("cpu", _ext.ERROR),
         "triton": status("triton", no_triton),
-        "cuda": status("cuda", _ext.ERROR),
+        "cuda": status("cuda", _cuda.why_not("cuda", 0 if torch.cuda.is_available() else None) or ""),
+    }
+
+
+def native() -> dict[str, str]:
+    """What the C++ kernels are built for, what of it this machine runs, and whose threads they use."""
+    import torch
+
+    from blip3o_fast import _ext
+    from blip3o_fast.ops import _cpu
+
+    if _ext.C is None:
+        return {"none": _ext.ERROR}
+    return {
+        "built": " ".join(_ext.C.isas),
+        "usable": " ".join(_cpu.ISAS),
+        "active": _cpu.active_isa(),
+        "threads": f"{torch.get_num_threads()}, of {_ext.C.pool_name()}",
     }
 
 
@@ -213,6 +230,7 @@ def sections() -> Iterator[tuple[str, dict[str, str]]]:
         },
     )
     yield "backends", backends()
+    yield "C++ kernels: instruction sets and threads", native()
     yield "attention", attention()
     given = {name: "(set)" if name in _SECRET else value for name in VARIABLES if (value := read(name))}
     yield "environment variables that are set", given or {"none": ""}

@@ -18,7 +18,8 @@ from blip3o_fast.data.dataset import SPLITS, EmbeddingDataset
 from blip3o_fast.flow.solvers import check_solver
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.ops._philox import normal_noise_at
-from blip3o_fast.sampling.sampler import sample
+from blip3o_fast.ops.packed_linear import STORAGE
+from blip3o_fast.sampling import prepare, sample
 
 # What training writes beside model.safetensors in a checkpoint: the weights that the finished run would have.
 AVERAGED_WEIGHTS = "ema.safetensors"
@@ -35,6 +36,7 @@ class SampleSettings:
     num_samples: the first so many pictures of the split; None: all.
     guidance_scale: 1 is none, 0 ignores the condition. BLIP3-o samples with 3; embeddings score best near 2.
     seed: of the noise, which belongs to (seed, picture): batch size and num_samples do not change it.
+    storage: of the weights while sampling on a CPU, see `sampling.prepare`; "auto" loses nothing.
     """
 
     model: str | Path
@@ -49,6 +51,7 @@ class SampleSettings:
     batch_size: int = 64
     seed: int = 0
     device: str = "auto"
+    storage: str = "auto"
 
     def check(self) -> None:
         """ValueError naming the flag, before anything is loaded."""
@@ -65,6 +68,8 @@ class SampleSettings:
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"--seed must be a whole number >= 0, got {self.seed!r}")
         check_solver(self.solver)
+        if self.storage not in ("auto", *STORAGE):
+            raise ValueError(f"--storage must be one of {', '.join(('auto', *STORAGE))}, got {self.storage!r}")
         device_named(self.device)
 
 
@@ -114,6 +119,7 @@ def generate(model: BLIP3oDiT, dataset: EmbeddingDataset, settings: SampleSettin
             f"the model was trained on {width}"
         )
     count = len(dataset) if settings.num_samples is None else min(settings.num_samples, len(dataset))
+    prepared = prepare(model, storage=settings.storage)
     parts = []
     with _bar(count, progress) as advance:
         for start in range(0, count, settings.batch_size):
@@ -121,7 +127,7 @@ def generate(model: BLIP3oDiT, dataset: EmbeddingDataset, settings: SampleSettin
             shape = (model.config.num_tokens, model.config.in_channels)
             noise = normal_noise_at(settings.seed, dataset.indices[rows], shape)
             generated = sample(
-                model,
+                prepared,
                 dataset.conditions[rows].to(device),
                 num_steps=settings.num_steps,
                 guidance_scale=settings.guidance_scale,

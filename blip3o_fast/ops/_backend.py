@@ -71,8 +71,7 @@ class Backends:
     def refusal(self, name: str, x: Tensor, *others: Tensor | None) -> str | None:
         if name not in self.refusals:
             return f"it has no {name} kernel yet (there are: {', '.join(('reference', *self.refusals))})"
-        # triton says for itself where it runs: under its interpreter that is the CPU too
-        device = {"cpu": "cpu", "cuda": "cuda"}.get(name, x.device.type)
-        if x.device.type != device:
-            return f"it needs {device} tensors, got {x.device}"
+        # the others say for themselves where they run: interpreted or emulated, that is the CPU too
+        if name == "cpu" and x.device.type != "cpu":
+            return f"it needs cpu tensors, got {x.device}"
         return self.refusals[name](x, *others)

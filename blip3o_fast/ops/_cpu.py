@@ -12,7 +12,7 @@ from torch import Tensor
 from blip3o_fast import _ext
 from blip3o_fast.ops._switch import Switch
 
-_CODES = {
+CODES = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
@@ -22,7 +22,7 @@ _CODES = {
     torch.int8: 5,
     torch.int32: 6,
 }
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # The instruction sets of this build that this machine runs, slowest first; empty without the extension.
 ISAS: tuple[str, ...] = (
@@ -55,8 +55,13 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
     if _ext.C is None:
         return _ext.ERROR
     tensors = [x, *(t for t in others if t is not None)]
-    wrong = sorted({str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in _FLOATS})
+    wrong = sorted({str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in FLOATS})
     return f"its cpu kernel takes float32, bfloat16 and float16, got {', '.join(wrong)}" if wrong else None
+
+
+def elementwise_refusal(x: Tensor, *others: Tensor | None) -> str | None:
+    """`refusal` of an op that takes x of any number of dimensions."""
+    return "its cpu kernel takes at most 6 dimensions" if x.dim() > 6 else refusal(x, *others)
 
 
 def call(name: str, *args: Any) -> Any:
@@ -66,6 +71,6 @@ def call(name: str, *args: Any) -> Any:
     """
     isa = _ext.C.isas.index(active_isa())
     described = [
-        (arg.data_ptr(), _CODES[arg.dtype], arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg for arg in args
+        (arg.data_ptr(), CODES[arg.dtype], arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg for arg in args
     ]
     return getattr(_ext.C, name)(isa, torch.get_num_threads(), *described)

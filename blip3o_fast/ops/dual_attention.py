@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _attention, _checks, _triton
+from blip3o_fast.ops import _attention, _checks, _cpu, _triton
+from blip3o_fast.ops import _dual_attention_cuda as cuda
 from blip3o_fast.ops import _softmax_blocks as softmax_blocks
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
@@ -154,10 +155,10 @@ def _backward_reference(
     return dqkq, dv1, dk2, dv2, dgate.mul_(1 - g.square()).to(gate.dtype)
 
 
-# ---- triton --------------------------------------------------------------------------------------------------------
+# ---- cpu (csrc) ----------------------------------------------------------------------------------------------------
 
 
-def _forward_triton(
+def _forward_cpu(
     qkq: Tensor,
     v1: Tensor,
     k2: Tensor,
@@ -167,12 +168,12 @@ def _forward_triton(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = _forward_fake(qkq, v1, k2, v2, gate, mask, scale, dtype, "triton")
-    _triton.kernels("dual_attention").forward(qkq, v1, k2, v2, gate, mask, scale, out)
+    out = _forward_fake(qkq, v1, k2, v2, gate, mask, scale, dtype, "cpu")
+    _cpu.call("dual_attention_fwd", qkq, v1, k2, v2, gate, mask, scale, out)
     return out
 
 
-def _backward_triton(
+def _backward_cpu(
     dout: Tensor,
     qkq: Tensor,
     v1: Tensor,
@@ -183,15 +184,45 @@ def _backward_triton(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = _backward_fake(dout, qkq, v1, k2, v2, gate)
-    _triton.kernels("dual_attention").backward(dout, qkq, v1, k2, v2, gate, mask, scale, *gradients)
+    _cpu.call("dual_attention_bwd", dout, qkq, v1, k2, v2, gate, mask, scale, *gradients)
+    return gradients
+
+
+# ---- triton --------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(qkq: Tensor, *args: Any) -> Tensor:
+    out = _forward_fake(*[qkq, *args, "triton"])
+    _triton.kernels("dual_attention").forward(*[qkq, *args[:-1], out])
+    return out
+
+
+def _backward_triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _backward_fake(*inputs)
+    _triton.kernels("dual_attention").backward(*inputs, *gradients)
+    return gradients
+
+
+# ---- cuda ----------------------------------------------------------------------------------------------------------
+
+
+def _forward_cuda(qkq: Tensor, *args: Any) -> Tensor:
+    out = _forward_fake(*[qkq, *args, "cuda"])
+    cuda.forward(*[qkq, *args[:-1], out])
+    return out
+
+
+def _backward_cuda(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _backward_fake(*inputs)
+    cuda.backward(*inputs, *gradients)
     return gradients
 
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("dual_attention", triton=_attention.triton_refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu, "cuda": _forward_cuda}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu, "cuda": _backward_cuda}
+BACKENDS = Backends("dual_attention", triton=_attention.triton_refusal, cpu=_cpu.refusal, cuda=cuda.refusal)
 
 
 def _forward(qkq: Tensor, *args: Any) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _attention, _checks, _triton
+from blip3o_fast.ops import _attention, _checks, _cpu, _triton
 from blip3o_fast.ops import _softmax_blocks as softmax_blocks
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
@@ -105,6 +105,23 @@ def _backward_reference(
     return dq, dk, dv
 
 
+# ---- cpu (csrc) ----------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    out = _forward_fake(q, k, v, mask, scale, dtype, "cpu")
+    _cpu.call("flash_attention_fwd", q, k, v, mask, scale, out)
+    return out
+
+
+def _backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _backward_fake(dout, q, k, v, mask, scale, "cpu")
+    _cpu.call("flash_attention_bwd", dout, q, k, v, mask, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -124,9 +141,9 @@ def _backward_triton(
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("flash_attention", triton=_attention.triton_refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
+BACKENDS = Backends("flash_attention", triton=_attention.triton_refusal, cpu=_cpu.refusal)
 
 
 def _forward(q: Tensor, *args: Any) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._flow_schedule import check_schedule, path_coefficients
 from blip3o_fast.ops._library import (
@@ -142,6 +142,37 @@ def _backward_reference(
     return (alpha * dy_acc).to(dy.dtype), dnoise
 
 
+# ---- cpu (csrc) ----------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(
+    data: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sigma_min: float,
+    sigma_max: float,
+    schedule: str,
+) -> Tensor:
+    x_t = _forward_fake(data)
+    _cpu.call("flow_interpolate_fwd", data, sigma, noise, seed, x_t, sigma_min, sigma_max, schedule == "cosine")
+    return x_t
+
+
+def _backward_cpu(
+    dy: Tensor,
+    sigma: Tensor,
+    noise_dtype: torch.dtype | None,
+    sigma_min: float,
+    sigma_max: float,
+    schedule: str,
+) -> tuple[Tensor, Tensor]:
+    ddata, dnoise = _backward_fake(dy, sigma, noise_dtype)
+    given = None if noise_dtype is None else dnoise
+    _cpu.call("flow_interpolate_bwd", dy, sigma, ddata, given, sigma_min, sigma_max, schedule == "cosine")
+    return ddata, dnoise
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -176,9 +207,9 @@ def _backward_triton(
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("flow_interpolate", triton=_triton.refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
+BACKENDS = Backends("flow_interpolate", triton=_triton.refusal, cpu=_cpu.elementwise_refusal)
 
 
 def _forward(

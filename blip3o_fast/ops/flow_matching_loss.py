@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _cuda, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._flow_schedule import check_prediction_type, target_coefficients
 from blip3o_fast.ops._library import (
@@ -164,6 +164,46 @@ def _backward_reference(dloss: Tensor, dpred: Tensor, dtype: torch.dtype) -> Ten
     return (dpred * dloss.to(dpred.dtype)).to(dtype)
 
 
+# ---- cpu (csrc) ----------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, prediction_type, sigma_min, sigma_max, schedule, regularization_weight, with_gradient = arguments
+    loss, metrics, dpred = _forward_fake(*[*arguments, "cpu"])
+    outputs = (loss, metrics, dpred if with_gradient else None)
+    settings = (prediction_type == "epsilon", sigma_min, sigma_max, schedule == "cosine", regularization_weight)
+    _cpu.call("flow_matching_loss_fwd", *inputs, *outputs, *settings)
+    return loss, metrics, dpred
+
+
+def _backward_cpu(dloss: Tensor, dpred: Tensor, dtype: torch.dtype) -> Tensor:
+    scaled = _backward_fake(dloss, dpred, dtype, "cpu")
+    _cpu.call("flow_matching_loss_bwd", dloss, dpred, scaled)
+    return scaled
+
+
+# ---- cuda (csrc) ---------------------------------------------------------------------------------------------------
+
+
+def _forward_cuda(pred: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    data, sigma, noise, seed, prediction_type, sigma_min, sigma_max, schedule, weight, with_gradient = arguments
+    loss, metrics, dpred = _forward_fake(*[pred, *arguments, "cuda"])
+    tokens = pred.shape[0] * pred.shape[1] if pred.numel() else 0
+    # a warp per token, eight of them in a block, and more tokens per warp where there are many
+    partial = loss.new_empty((-(-tokens // (8 * min(max(tokens // 8192, 1), 16))), 8))
+    rows = map(_cuda.with_unit_stride, (pred, data, sigma, noise))
+    outputs = (loss, metrics, dpred if with_gradient else None, partial)
+    settings = (prediction_type == "epsilon", sigma_min, sigma_max, schedule == "cosine", weight)
+    _cuda.call("flow_matching_loss_fwd", *rows, seed, *outputs, *settings)
+    return loss, metrics, dpred
+
+
+def _backward_cuda(dloss: Tensor, dpred: Tensor, dtype: torch.dtype) -> Tensor:
+    scaled = _backward_fake(dloss, dpred, dtype, "cuda")
+    _cuda.call("flow_matching_loss_bwd", dloss, dpred.contiguous(), scaled)
+    return scaled
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -197,50 +237,21 @@ def _backward_triton(dloss: Tensor, dpred: Tensor, dtype: torch.dtype) -> Tensor
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("flow_matching_loss", triton=_triton.refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cuda": _forward_cuda, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cuda": _backward_cuda, "cpu": _backward_cpu}
+BACKENDS = Backends("flow_matching_loss", triton=_triton.refusal, cuda=_cuda.refusal, cpu=_cpu.refusal)
 
 
-def _forward(
-    pred: Tensor,
-    data: Tensor,
-    sigma: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    prediction_type: str,
-    sigma_min: float,
-    sigma_max: float,
-    schedule: str,
-    regularization_weight: float,
-    with_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _FORWARD[backend](
-        pred, data, sigma, noise, seed,
-        prediction_type, sigma_min, sigma_max, schedule, regularization_weight, with_gradient,
-    )  # fmt: skip
+def _forward(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _FORWARD[args[-1]](pred, *args[:-1])
 
 
 def _backward(dloss: Tensor, dpred: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return _BACKWARD[backend](dloss, dpred, dtype)
 
 
-def _forward_fake(
-    pred: Tensor,
-    data: Tensor,
-    sigma: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    prediction_type: str,
-    sigma_min: float,
-    sigma_max: float,
-    schedule: str,
-    regularization_weight: float,
-    with_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulation_dtype(pred)
+def _forward_fake(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with_gradient, acc = args[-2], accumulation_dtype(pred)
     dpred = pred.new_empty(pred.shape if with_gradient else (0,), dtype=acc)
     return pred.new_empty((), dtype=acc), pred.new_empty(len(METRICS), dtype=acc), dpred
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -78,6 +78,21 @@ def _backward_reference(
     return dy.to(y.dtype), dgate.to(gate.dtype), (p * t).sum(0).to(weight.dtype)
 
 
+# ---- cpu (csrc) ------------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    h, rstd = _forward_fake(x, y, gate, weight, eps, "cpu")
+    _cpu.call("gated_residual_fwd", x, y, gate, weight, h, rstd, eps)
+    return h, rstd
+
+
+def _backward_cpu(dh: Tensor, y: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dy, dgate, dweight = _backward_fake(dh, y, gate, weight, rstd, "cpu")
+    _cpu.call("gated_residual_bwd", dh, y, gate, weight, rstd, dy, dgate, dweight)
+    return dy, dgate, dweight
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -97,9 +112,9 @@ def _backward_triton(
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("gated_residual", triton=_triton.refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
+BACKENDS = Backends("gated_residual", triton=_triton.refusal, cpu=_cpu.refusal)
 
 
 def _forward(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _cuda, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -148,6 +148,46 @@ def _factor(weight: Tensor, scale: Tensor | None, acc: torch.dtype) -> Tensor:
     return weight.to(acc) if scale is None else weight.to(acc) * (1 + scale.to(acc))[:, None]
 
 
+# ---- cuda (csrc) ---------------------------------------------------------------------------------------------------
+
+
+def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(*[*args, "cuda"])
+    *inputs, eps, _ = args
+    _cuda.call("gated_residual_modulate_fwd", *map(_cuda.with_unit_stride, inputs), *outputs, eps)
+    return outputs
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _backward_fake(*[*args, "cuda"])
+    *inputs, rstd_y, rstd_h = args
+    y, next_scale = inputs[2], inputs[-1]
+    batch, tokens, width = y.shape
+    p, r = (y.new_empty((batch, _cuda.chunks(batch, tokens), width), dtype=torch.float32) for _ in range(2))
+    filled = gradients if next_scale is not None else (*gradients[:-1], None)
+    _cuda.call(
+        "gated_residual_modulate_bwd", *map(_cuda.with_unit_stride, inputs), rstd_y, rstd_h, *filled, p, r
+    )  # fmt: skip
+    return gradients
+
+
+# ---- cpu (csrc) ------------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(*[*args, "cpu"])
+    *inputs, eps, _ = args  # the kernel reads n's dtype off n
+    _cpu.call("gated_residual_modulate_fwd", *inputs, *outputs, eps)
+    return outputs
+
+
+def _backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _backward_fake(*[*args, "cpu"])
+    filled = gradients if args[7] is not None else (*gradients[:-1], None)
+    _cpu.call("gated_residual_modulate_bwd", *args, *filled)
+    return gradients
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -168,9 +208,10 @@ def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cuda": _forward_cuda, "cpu": _forward_cpu}
 _BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("gated_residual_modulate", triton=_triton.refusal)
+_BACKWARD |= {"cuda": _backward_cuda, "cpu": _backward_cpu}
+BACKENDS = Backends("gated_residual_modulate", triton=_triton.refusal, cuda=_cuda.row_refusal, cpu=_cpu.refusal)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

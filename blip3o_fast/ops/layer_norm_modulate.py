@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -73,6 +73,21 @@ def _backward_reference(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd
     return dx.to(x.dtype), dscale.to(scale.dtype)
 
 
+# ---- cpu (csrc) ------------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _forward_fake(x, scale, eps, dtype, "cpu")
+    _cpu.call("layer_norm_modulate_fwd", x, scale, y, mean, rstd, eps)
+    return y, mean, rstd
+
+
+def _backward_cpu(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dscale = _backward_fake(dy, x, scale, mean, rstd, "cpu")
+    _cpu.call("layer_norm_modulate_bwd", dy, x, scale, mean, rstd, dx, dscale)
+    return dx, dscale
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -90,9 +105,9 @@ def _backward_triton(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: T
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("layer_norm_modulate", triton=_triton.refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
+BACKENDS = Backends("layer_norm_modulate", triton=_triton.refusal, cpu=_cpu.refusal)
 
 
 def _forward(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, Tensor]:

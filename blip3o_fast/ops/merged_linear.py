@@ -13,7 +13,7 @@ Backward, over rows (all leading dimensions flattened):
 
 Where the weights lie side by side in one storage (see `adjacent`), cat(weights) is a view and each line is one GEMM.
 Elsewhere (FSDP2's unsharded parameters, a replaced weight) the forward runs one GEMM per weight into column slices of
-y. The GEMM is the vendor library's under every backend; there is no kernel to choose.
+y. On a CPU the products of many rows are csrc's (`cpu`); everywhere else the vendor library's, under every backend.
 A GEMM that nobody needs is not run: the context needs no dx, a frozen layer no dweight. Saved: x and the weights.
 """
 
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks
+from blip3o_fast.ops import _checks, _cpu
+from blip3o_fast.ops._backend import Backends, use_backend
 from blip3o_fast.ops._library import (
     accumulation_dtype,
     define,
@@ -88,6 +89,32 @@ def _check_list(name: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} must be a list or tuple of at least one tensor, got {given}")
 
 
+# ---- the products --------------------------------------------------------------------------------------------------
+
+# Below, packing the second matrix costs more than our kernel saves: the embedders and modulations of a few samples.
+_MIN_ROWS = 32
+
+
+def _ours(backend: str, a: Tensor) -> bool:
+    return backend == "cpu" and a.shape[0] >= _MIN_ROWS and a.dtype != torch.float64
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """a @ b of two matrices of any strides, in `dtype`."""
+    if not _ours(backend, a):
+        return a @ b
+    c = torch.empty((a.shape[0], b.shape[1]), dtype=dtype)
+    _cpu.call("linear", a, b, c)
+    return c
+
+
+def _matmul_into(c: Tensor, a: Tensor, b: Tensor, backend: str) -> None:
+    if _ours(backend, a):
+        _cpu.call("linear", a, b, c)
+    else:
+        torch.mm(a, b, out=c)
+
+
 # ---- implementation ------------------------------------------------------------------------------------------------
 
 
@@ -114,36 +141,48 @@ def _cat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return merged
 
 
-def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, backend: str
+) -> Tensor:
     x = x.to(dtype)
     bias = None
     if biases:
         bias = _merged(biases, dtype)
         bias = _cat(biases, dtype) if bias is None else bias
     weight = _merged(weights, dtype)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if weight is not None:
+        if _ours(backend, rows):
+            # a bias is added before the one rounding
+            y = _matmul(rows, weight.t(), dtype if bias is None else torch.float32, backend)
+            return (y if bias is None else y.add_(bias).to(dtype)).view(*x.shape[:-1], weight.shape[0])
         return torch.nn.functional.linear(x, weight, bias)
     sizes = [weight.shape[0] for weight in weights]
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = torch.empty((rows.shape[0], sum(sizes)), dtype=dtype, device=x.device)
     bias_blocks = [None] * len(sizes) if bias is None else bias.split(sizes)
     for block, weight, bias_block in zip(y.split(sizes, dim=1), weights, bias_blocks, strict=True):
         if bias_block is None:
-            torch.mm(rows, weight.t(), out=block)
+            _matmul_into(block, rows, weight.t(), backend)
         else:
             torch.addmm(bias_block, rows, weight.t(), out=block)
     return y.view(*x.shape[:-1], sum(sizes))
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weights: Sequence[Tensor], need_x: bool, need_weights: Sequence[bool], need_bias: bool
+    dy: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    need_x: bool,
+    need_weights: Sequence[bool],
+    need_bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [weight.shape[0] for weight in weights]
     rows = x.shape[:-1].numel()
     dy = dy.reshape(rows, sum(sizes))
     dx = dweight = dbias = None
     if need_x:
-        dx = _input_gradient(dy, weights, sizes).to(x.dtype).view(x.shape)
+        dx = _input_gradient(dy, weights, sizes, backend).to(x.dtype).view(x.shape)
     if any(need_weights):
         x_rows = x.to(dy.dtype).reshape(rows, x.shape[-1])
         blocks = (
@@ -151,7 +190,7 @@ def _backward(
         )
         dweight = torch.empty(_needed(sizes, need_weights), x.shape[-1], dtype=dy.dtype, device=dy.device)
         for target, block in zip(dweight.split([b.shape[1] for b in blocks]), blocks, strict=True):
-            torch.mm(block.t(), x_rows, out=target)
+            _matmul_into(target, block.t(), x_rows, backend)
         dweight = dweight.to(_common_dtype(weights))
     if need_bias:
         dbias = dy.sum(0, dtype=accumulation_dtype(dy))
@@ -159,13 +198,13 @@ def _backward(
     return tuple(empty.clone() if grad is None else grad for grad in (dx, dweight, dbias))  # type: ignore[return-value]
 
 
-def _input_gradient(dy: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def _input_gradient(dy: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], backend: str) -> Tensor:
     weight = _merged(weights, dy.dtype)
     if weight is None and dy.dtype in (torch.bfloat16, torch.float16):
         # One GEMM accumulates in fp32; a sum of GEMMs would be rounded to half precision between them.
         weight = _cat(weights, dy.dtype)
     if weight is not None:
-        return dy @ weight
+        return _matmul(dy, weight, dy.dtype, backend)
     blocks = dy.split(sizes, dim=1)
     dx = blocks[0] @ weights[0]
     for block, weight in zip(blocks[1:], weights[1:], strict=True):
@@ -184,15 +223,26 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
+BACKENDS = Backends("merged_linear", cpu=_cpu.refusal)
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _forward_fake(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, backend: str
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)), dtype=dtype)
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, weights: Sequence[Tensor], need_x: bool, need_weights: Sequence[bool], need_bias: bool
+    dy: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    need_x: bool,
+    need_weights: Sequence[bool],
+    need_bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [weight.shape[0] for weight in weights]
     rows = _needed(sizes, need_weights)
@@ -204,14 +254,14 @@ def _backward_fake(
 
 
 _merged_linear_fwd = define(
-    "merged_linear_fwd(Tensor x, Tensor[] weights, Tensor[] biases, ScalarType dtype) -> Tensor",
+    "merged_linear_fwd(Tensor x, Tensor[] weights, Tensor[] biases, ScalarType dtype, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 # dweight has the rows of the weights that need one, in their order, in one buffer; what nobody needs is empty.
 _merged_linear_bwd = define(
-    "merged_linear_bwd(Tensor dy, Tensor x, Tensor[] weights, bool need_x, bool[] need_weights, bool need_bias)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "merged_linear_bwd(Tensor dy, Tensor x, Tensor[] weights, bool need_x, bool[] need_weights, bool need_bias,"
+    " str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _backward,
     _backward_fake,
 )
@@ -222,20 +272,23 @@ _merged_linear_bwd = define(
 
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int, *weights_and_biases: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, backend: str, count: int, *weights_and_biases: Tensor
+    ) -> Tensor:
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
         ctx.save_for_backward(x, *weights)
         ctx.bias_dtypes = [bias.dtype for bias in biases]
-        return _merged_linear_fwd(x, weights, biases, dtype)
+        ctx.backend = backend
+        return _merged_linear_fwd(x, weights, biases, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("merged_linear")
         x, *weights = ctx.saved_tensors
-        need_x, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[3:])
+        need_x, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
         need_weights, need_biases = need[: len(weights)], need[len(weights) :]
-        dx, dweight, dbias = _merged_linear_bwd(dy, x, weights, need_x, need_weights, any(need_biases))
-        grads: list[Tensor | None] = [dx if need_x else None, None, None]
+        dx, dweight, dbias = _merged_linear_bwd(dy, x, weights, need_x, need_weights, any(need_biases), ctx.backend)
+        grads: list[Tensor | None] = [dx if need_x else None, None, None, None]
         row = 0
         for weight, needed in zip(weights, need_weights, strict=True):
             grads.append(dweight[row : row + weight.shape[0]].to(weight.dtype) if needed else None)
@@ -262,7 +315,9 @@ def merged_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     _check(x, weights, biases)
     refuse_transforms("merged_linear")
     dtype, biases = output_dtype(x), [] if biases is None else biases
+    # no backend but cpu has a kernel of its own: under the others' names the vendor library's product is what runs
+    backend = BACKENDS.choose(x, *weights, *biases) if use_backend.active in ("auto", "cpu") else "reference"
     with torch.profiler.record_function("blip3o_fast.merged_linear"):
         if needs_grad(x, *weights, *biases):
-            return _MergedLinear.apply(x, dtype, len(weights), *weights, *biases)
-        return _merged_linear_fwd(x, weights, biases, dtype)
+            return _MergedLinear.apply(x, dtype, backend, len(weights), *weights, *biases)
+        return _merged_linear_fwd(x, weights, biases, dtype, backend)

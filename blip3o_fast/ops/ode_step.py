@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -87,6 +87,23 @@ def _backward_reference(
     return (w * step).to(cond_dtype), ((1 - w) * step).to(uncond_dtype)
 
 
+# ---- cpu (csrc) ----------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: Tensor | None, dsigma: Tensor) -> Tensor:
+    y = _forward_fake(x, v_cond, v_uncond, guidance, dsigma, "cpu")
+    _cpu.call("ode_step_fwd", x, v_cond, v_uncond, guidance, dsigma, y)
+    return y
+
+
+def _backward_cpu(
+    dy: Tensor, guidance: Tensor | None, dsigma: Tensor, cond_dtype: torch.dtype, uncond_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dv_cond, dv_uncond = _backward_fake(dy, guidance, dsigma, cond_dtype, uncond_dtype, "cpu")
+    _cpu.call("ode_step_bwd", dy, guidance, dsigma, dv_cond, None if guidance is None else dv_uncond)
+    return dv_cond, dv_uncond
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -108,9 +125,9 @@ def _backward_triton(
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("ode_step", triton=_triton.refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
+BACKENDS = Backends("ode_step", triton=_triton.refusal, cpu=_cpu.elementwise_refusal)
 
 
 def _forward(

@@ -27,27 +27,14 @@ STORAGE = ("fp32", "bf16", "int8")
 _ALIGNMENT = 64
 
 
-def packed_linear_ref(
-    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None, *, swiglu: bool = False
-) -> Tensor:
-    """The specification of the exact storages: plain PyTorch, fp32 arithmetic (fp64 for fp64 inputs), one rounding."""
-    acc = accumulation_dtype(x)
-    y = torch.nn.functional.linear(
-        x.to(acc), torch.cat([weight.to(acc) for weight in weights]), None if bias is None else bias.to(acc)
-    )
-    if swiglu:
-        gate, up = y.chunk(2, dim=-1)
-        y = torch.nn.functional.silu(gate) * up
-    return y.to(x.dtype)
-
-
 class PackedWeights:
     """The packed form of some weights, which remembers what it was made of.
 
     weights: one or several [N_i, K], fp32, bf16 or fp16, on the CPU; their outputs stand side by side.
     bias: [sum N_i] or None. storage: one of STORAGE. swiglu: the weights are w1 and w3 of equal shape.
 
-    A changed weight (an optimizer step, a load, a move) is noticed by `stale`, by its address and version.
+    A changed weight (an optimizer step, a load, a move) is noticed by `stale`, by its address and version; what is
+    written through `weight.data`, which has no version, is not.
     Raises ValueError for wrong arguments, RuntimeError where the C++ extension is missing.
     """
 
@@ -86,7 +73,8 @@ class PackedWeights:
     def pack(self) -> None:
         """Pack the weights as they are now."""
         mode = STORAGE.index(self.storage)
-        self.isa, self.made_of = _cpu.active_isa(), self._identity()
+        # The memory is held, so that no other weight can come to lie at its address unnoticed.
+        self.isa, self.made_of = _cpu.active_isa(), [(weight.detach(), weight._version) for weight in self.weights]
         size = _cpu.call("packed_size", self.out_features, self.in_features, mode, self.swiglu)
         buffer = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
         start = -buffer.data_ptr() % _ALIGNMENT
@@ -96,17 +84,31 @@ class PackedWeights:
             _cpu.call("pack_linear", weight.detach(), self.packed, self.out_features, column, mode, self.swiglu)
             column += weight.shape[0]
 
-    def _identity(self) -> tuple[tuple[int, int], ...]:
-        return tuple((weight.data_ptr(), weight._version) for weight in self.weights)
-
     @property
     def stale(self) -> bool:
         """Whether a weight has changed since, or another instruction set is to run."""
-        return self.made_of != self._identity() or self.isa != _cpu.active_isa()
+        return self.isa != _cpu.active_isa() or any(
+            weight.data_ptr() != kept.data_ptr() or weight.dtype != kept.dtype or weight._version != version
+            for weight, (kept, version) in zip(self.weights, self.made_of, strict=True)
+        )
 
     @property
     def nbytes(self) -> int:
         return self.packed.numel()
+
+
+def packed_linear_ref(x: Tensor, packed: PackedWeights, *, out: Tensor | None = None) -> Tensor:
+    """The specification of the exact storages: plain PyTorch, fp32 arithmetic (fp64 for fp64 inputs), one rounding.
+
+    With the weights as they were given, before a storage rounded them.
+    """
+    acc = accumulation_dtype(x)
+    weight = torch.cat([weight.to(acc) for weight in packed.weights])
+    y = torch.nn.functional.linear(x.to(acc), weight, None if packed.bias is None else packed.bias.to(acc))
+    if packed.swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def packed_linear(x: Tensor, packed: PackedWeights, *, out: Tensor | None = None) -> Tensor:

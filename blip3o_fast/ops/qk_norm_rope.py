@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _triton
+from blip3o_fast.ops import _norm_rope_cpu as cpu
+from blip3o_fast.ops import _norm_rope_cuda as cuda
 from blip3o_fast.ops import _norm_rope_reference as reference
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
@@ -106,6 +108,21 @@ def _check(
     _checks.check_eps(eps)
 
 
+# ---- cpu (csrc) ----------------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _forward_fake(*[x, *args, "cpu"])
+    cpu.forward(*[x, *args[:-1], y, mean, rstd])
+    return y, mean, rstd
+
+
+def _backward_cpu(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dx, daffine = _backward_fake(*[dy, *args, "cpu"])
+    cpu.backward(*[dy, *args[:-1], dx, daffine])
+    return dx, daffine
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -140,11 +157,26 @@ def _backward_triton(
     return dx, daffine
 
 
+# ---- cuda ----------------------------------------------------------------------------------------------------------
+
+
+def _forward_cuda(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _forward_fake(*[x, *args, "cuda"])
+    cuda.forward(*[x, *args[:-1], y, mean, rstd])
+    return y, mean, rstd
+
+
+def _backward_cuda(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dx, daffine = _backward_fake(*[dy, *args, "cuda"])
+    cuda.backward(*[dy, *args[:-1], dx, daffine])
+    return dx, daffine
+
+
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": reference.forward, "triton": _forward_triton}
-_BACKWARD = {"reference": reference.backward, "triton": _backward_triton}
-BACKENDS = Backends("qk_norm_rope", triton=_triton.refusal)
+_FORWARD = {"reference": reference.forward, "triton": _forward_triton, "cpu": _forward_cpu, "cuda": _forward_cuda}
+_BACKWARD = {"reference": reference.backward, "triton": _backward_triton, "cpu": _backward_cpu, "cuda": _backward_cuda}
+BACKENDS = Backends("qk_norm_rope", triton=_triton.refusal, cpu=_cpu.refusal, cuda=cuda.refusal)
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

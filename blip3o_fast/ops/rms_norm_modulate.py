@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _cpu, _triton
+from blip3o_fast.ops import _checks, _cpu, _cuda, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -105,6 +105,29 @@ def _backward_cpu(
     return dx, dweight, dscale
 
 
+# ---- cuda (csrc) ---------------------------------------------------------------------------------------------------
+
+
+def _forward_cuda(
+    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    y, rstd = _forward_fake(x, weight, scale, eps, dtype, "cuda")
+    inputs = map(_cuda.with_unit_stride, (x, weight, scale))
+    _cuda.call("rms_norm_modulate_fwd", *inputs, y, rstd, eps)
+    return y, rstd
+
+
+def _backward_cuda(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dscale = _backward_fake(dy, x, weight, scale, rstd, "cuda")
+    batch, tokens, width = x.shape
+    partial = x.new_empty((batch, _cuda.chunks(batch, tokens), width), dtype=torch.float32)
+    inputs, filled = map(_cuda.with_unit_stride, (dy, x, weight, scale)), None if scale is None else dscale
+    _cuda.call("rms_norm_modulate_bwd", *inputs, rstd, dx, dweight, filled, partial)
+    return dx, dweight, dscale
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -126,9 +149,9 @@ def _backward_triton(
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
-BACKENDS = Backends("rms_norm_modulate", triton=_triton.refusal, cpu=_cpu.refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cuda": _forward_cuda, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cuda": _backward_cuda, "cpu": _backward_cpu}
+BACKENDS = Backends("rms_norm_modulate", triton=_triton.refusal, cuda=_cuda.row_refusal, cpu=_cpu.refusal)
 
 
 def _forward(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops import _checks, _triton
+from blip3o_fast.ops import _checks, _cpu, _triton
 from blip3o_fast.ops._backend import Backends
 from blip3o_fast.ops._library import (
     accumulation_dtype,
@@ -67,6 +67,26 @@ def _backward_reference(dy: Tensor, gate_up: Tensor) -> Tensor:
     return dgate_up.to(gate_up.dtype)
 
 
+# ---- cpu (csrc) ------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself, or its leading dimensions as one where they are more than a kernel counts through."""
+    return x if x.dim() <= 6 else x.flatten(0, -2)
+
+
+def _forward_cpu(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
+    y = _forward_fake(gate_up, dtype, "cpu")
+    _cpu.call("swiglu_fwd", _rows(gate_up), _rows(y))
+    return y
+
+
+def _backward_cpu(dy: Tensor, gate_up: Tensor) -> Tensor:
+    dgate_up = _backward_fake(dy, gate_up, "cpu")
+    _cpu.call("swiglu_bwd", _rows(dy), _rows(gate_up), _rows(dgate_up))
+    return dgate_up
+
+
 # ---- triton --------------------------------------------------------------------------------------------------------
 
 
@@ -84,9 +104,9 @@ def _backward_triton(dy: Tensor, gate_up: Tensor) -> Tensor:
 
 # ---- raw ops -------------------------------------------------------------------------------------------------------
 
-_FORWARD = {"reference": _forward_reference, "triton": _forward_triton}
-_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton}
-BACKENDS = Backends("swiglu", triton=_triton.refusal)
+_FORWARD = {"reference": _forward_reference, "triton": _forward_triton, "cpu": _forward_cpu}
+_BACKWARD = {"reference": _backward_reference, "triton": _backward_triton, "cpu": _backward_cpu}
+BACKENDS = Backends("swiglu", triton=_triton.refusal, cpu=_cpu.refusal)
 
 
 def _forward(gate_up: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
