@@ -14,7 +14,7 @@ PYTEST := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m py
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard scripts/*.sh) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type docs bench bench-cpu memory-report sass-report launch-report gpu-check tune clean
+.PHONY: help setup demo test test-all lint type docs bench bench-cpu memory-report sass-report launch-report gpu-check tune sanitize clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -64,6 +64,9 @@ gpu-check:  ## on a machine with a GPU: install in place, every GPU test, then t
 
 tune:  ## on a GPU: search launch configurations and write kernels/_tuned.json
 	@$(GPU_PYTHON) scripts/tune.py $(FLAGS)
+
+sanitize: .venv/.stamp  ## the CPU kernels' tests with an extension that stops at bad accesses and undefined operations
+	@scripts/with_headers.sh scripts/sanitize.sh $(FLAGS)
 
 clean:  ## remove what builds and tests leave (keeps .venv and runs/)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -116,6 +116,12 @@ def module_of(op: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.ops.{op}")
 
 
+def has_kernels(op: str, backend: str) -> bool:
+    """Whether the op has kernels of its own on the backend, wherever those may run."""
+    backends = getattr(importlib.import_module(f"blip3o_fast.ops.{op}"), "BACKENDS", None)
+    return backends is not None and backend in backends.refusals
+
+
 def modes(forward: int, backward: int) -> dict[str, int]:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
@@ -179,9 +185,9 @@ def _judge(sums: frozenset[str]) -> Callable[[Values, Values, Values], Verdict]:
     return judge
 
 
-def _on_triton(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*tensors: Tensor | None) -> Any:
-        with use_backend("triton"):
+        with use_backend(backend):
             return function(*tensors)
 
     return call
@@ -194,12 +200,14 @@ def work(
     device: str,
     *,
     triton: bool | None = None,
+    cuda: bool = False,
     compile: bool = True,
     **sizes: Any,
 ) -> Work:
     """The case as providers of the same work. make: an op's `case`; sizes: passed to it.
 
     On a GPU ours is the triton backend; on a CPU it is what `auto` runs, unless `triton` asks for the interpreter.
+    cuda: the CUDA C++ kernels are one provider more.
     """
     seeds = itertools.count()
     first = make(batch, dtype, device, seed=next(seeds), **sizes)
@@ -221,7 +229,8 @@ def work(
         providers={
             "eager": eager,
             "compile": compiled(eager, device) if compile else Absent("left out of this run"),
-            "ours": _on_triton(ours) if on_triton else ours,
+            "ours": _on("triton", ours) if on_triton else ours,
+            **({"ours, cuda": _on("cuda", ours)} if cuda else {}),
             **peers,
         },
         gold=gold_by(first.positional(first.reference)),

@@ -4,9 +4,10 @@
     python scripts/gpu_check.py --only qk_norm_rope  one op (may be repeated)
     python scripts/gpu_check.py --dry-run            the same logic on a CPU, through Triton's interpreter
 
-Tests are those of tests/gpu. Times are those of CUDA graphs with a cold L2, in turns, beside a check of the very values
-that the timed replays wrote (benchmarks/gpu_timing.py). Every row is in the JSON file as soon as it is measured. What
-does not fit into the time is left out and named. Exits with 1 where a test or a check failed.
+Tests are those of tests/gpu: of the Triton kernels and, where the CUDA extension is built, of the CUDA C++ kernels.
+Times are those of CUDA graphs with a cold L2, in turns, beside a check of the very values that the timed replays wrote
+(benchmarks/gpu_timing.py). Every row is in the JSON file as soon as it is measured. What does not fit into the time is
+left out and named. Exits with 1 where a test or a check failed.
 """
 
 import argparse
@@ -48,7 +49,8 @@ class Report:
     def __init__(self, path: Path, stamp: dict[str, Any]) -> None:
         self.path = path
         self.data: dict[str, Any] = {"schema": 1, "kind": "gpu-check", **stamp}
-        self.data |= {"tests": None, "copy_gbps": None, "rows": [], "left_out": [], "goals": [], "finished": False}
+        self.data |= {"tests": None, "cuda_kernels": None, "copy_gbps": None}
+        self.data |= {"rows": [], "left_out": [], "goals": [], "finished": False}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
 
@@ -153,8 +155,9 @@ def tell_tests(result: dict[str, Any]) -> None:
 def time_ops(options: argparse.Namespace, report: Report, clock: Any, deadline: float) -> None:
     import torch
 
-    from benchmarks.cases import OPS, module_of, work
+    from benchmarks.cases import OPS, has_kernels, module_of, work
 
+    cuda = report.data["cuda_kernels"] == "work"
     plain = [(dtype, batch, op, {}) for dtype, batch in ORDER for op in OPS]
     second = [("bfloat16", batch, op, sizes) for batch in (32, 256) for op, sizes in SECOND.items()]
     jobs = [*plain[: 2 * len(OPS)], *second, *plain[2 * len(OPS) :]]
@@ -171,7 +174,7 @@ def time_ops(options: argparse.Namespace, report: Report, clock: Any, deadline: 
         compile = options.skip_tests or ((dtype, batch) in COMPILED and not more)
         make = functools.partial(
             work, module_of(op).case, batch, getattr(torch, dtype), clock.device,
-            triton=True, compile=compile and not options.dry_run, **sizes,
+            triton=True, cuda=cuda and has_kernels(op, "cuda"), compile=compile and not options.dry_run, **sizes,
         )  # fmt: skip
         in_graph = (dtype, batch) == ("bfloat16", 1)
         measure_into(report, op, make, ("forward", "backward"), clock, options, in_graph=in_graph)
@@ -236,7 +239,7 @@ def measure_into(
 
 def bad_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Wrong values of anyone; a provider that broke, unless it is a peer's."""
-    own = ("eager", "ours", "ours, condition prepared")
+    own = ("eager", "ours", "ours, cuda", "ours, condition prepared")
     return [r for r in rows if r["status"] == "FAILED" or (r["status"] == "error" and r["provider"] in own)]
 
 
@@ -283,6 +286,7 @@ def main(arguments: list[str]) -> int:
 
     from benchmarks import goals, gpu_rows
     from benchmarks.gpu_timing import Clock
+    from blip3o_fast.ops import _cuda
 
     device = "cpu" if options.dry_run else "cuda"
     stamp, slug = stamp_of(options, device)
@@ -291,6 +295,9 @@ def main(arguments: list[str]) -> int:
     report = Report(options.output or ROOT / "benchmarks" / "results" / slug / name, stamp)
     say(f"{stamp['device']}, capability {stamp['capability']}, commit {stamp['commit']}{dirty}")
     say(", ".join(f"{k} {v}" for k, v in stamp["versions"].items() if v))
+    reason = _cuda.why_not(device, None if options.dry_run else 0)
+    report.data["cuda_kernels"] = "work" if reason is None else f"absent: {reason}"
+    say(f"CUDA C++ kernels: {report.data['cuda_kernels']}")
 
     if not options.skip_tests:
         report.data["tests"] = run_tests(options, options.budget * (1.0 if options.skip_times else TESTS))

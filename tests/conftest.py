@@ -1,12 +1,17 @@
 """What every test gets: a seed of its own, the backend it asks for, and Triton's interpreter where there is no GPU."""
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+
+HERE = Path(__file__).resolve().parent
 
 # Triton reads this when it is imported, so it stands before every test module. Where there is a GPU, tests/gpu runs
 # kernels on it, and the other tests, which give them CPU tensors, need the variable from outside: `make test` sets it.
@@ -26,6 +31,28 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cuda_emulation() -> tuple[ModuleType | None, str | None]:
+    """csrc/cuda compiled for the CPU (tests/emulation), or the reason why it cannot be."""
+    spec = importlib.util.spec_from_file_location("emulation_build", HERE / "emulation" / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    reason = build.why_not()
+    return (build.cuda_module() if reason is None else None), reason
+
+
+@pytest.fixture
+def emulated_cuda(cuda_emulation: tuple[ModuleType | None, str | None]) -> Iterator[str | None]:
+    """In this test the CUDA C++ kernels run on CPU tensors; the reason where they cannot."""
+    from blip3o_fast.ops import _cuda
+
+    module, reason = cuda_emulation
+    _cuda.emulate(module)
+    yield reason
+    _cuda.emulate(None)
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:

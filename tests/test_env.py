@@ -54,6 +54,30 @@ def test_a_missing_extension_is_reported_with_its_reason(monkeypatch: pytest.Mon
     assert env.backends()["cpu"] == "no: not available: the C++ extension is not built (no such file)"
 
 
+def test_the_native_lines_are_what_runs() -> None:
+    from blip3o_fast.ops import _cpu
+
+    told = env.native()
+    if _ext.C is None:
+        assert told == {"none": _ext.ERROR}
+        return
+    assert set(told) == {"built", "usable", "active", "threads"}
+    assert told["built"].split()[0] == told["usable"].split()[0] == "generic"
+    assert set(told["usable"].split()) <= set(told["built"].split())
+    assert told["active"] == told["usable"].split()[-1]
+    with _cpu.use_isa("generic"):
+        assert env.native()["active"] == "generic"
+    threads, pool = told["threads"].split(", of ")
+    assert int(threads) == torch.get_num_threads()
+    assert pool == "std::thread" or Path(pool).name.startswith(("libgomp", "libomp", "libiomp"))
+
+
+def test_without_the_extension_the_native_lines_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ext, "C", None)
+    monkeypatch.setattr(_ext, "ERROR", "not available: the C++ extension is not built (no such file)")
+    assert env.native() == {"none": "not available: the C++ extension is not built (no such file)"}
+
+
 def test_both_ways_to_ask_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "blip3o_fast.env"], capture_output=True, text=True, check=True)
     assert main(["env"]) == 0

@@ -181,7 +181,12 @@ def test_op(op, more, dtype):
 
 def test_every_op_has_a_benchmark():
     names = {p.stem for p in (ROOT / "blip3o_fast" / "ops").glob("*.py") if not p.stem.startswith("_")}
-    assert set(OPS) == names - {"rope_table"} == {p.stem for p in (ROOT / "benchmarks" / "ops").glob("*.py")}
+    # packed_linear has no gradients: its file describes its work without a `Case`
+    assert (
+        {*OPS, "packed_linear"}
+        == names - {"rope_table"}
+        == {p.stem for p in (ROOT / "benchmarks" / "ops").glob("*.py")}
+    )
 
 
 def test_a_wrong_op_breaks_the_contract(monkeypatch):

@@ -1,5 +1,8 @@
-"""Tests on a CUDA device. `--gpu-dry-run` runs the very same tests on the CPU, through Triton's interpreter, with tiny
-shapes: it finds what is wrong with the tests, and skips only what is CUDA itself.
+"""Tests on a CUDA device. `--gpu-dry-run` runs the very same tests on the CPU, through Triton's interpreter and the
+emulation of CUDA, with tiny shapes: it finds what is wrong with the tests, and skips only what is CUDA itself.
+
+A test that takes `backend` runs on triton and, where the op has them and the extension is built, on the CUDA C++
+kernels.
 """
 
 import json
@@ -10,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.cases import has_kernels
+from blip3o_fast.ops import _cuda
 
 HERE = Path(__file__).resolve().parent
 NO_DEVICE = "needs a CUDA device (--gpu-dry-run runs these tests through Triton's interpreter)"
@@ -33,7 +39,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["triton", "cuda"])
+
+
+def is_absent(item: pytest.Item, cuda: bool) -> bool:
+    """A test of the CUDA C++ kernels, of an op that has none or on a machine that has not built them (`cuda`)."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("backend") == "cuda" and not (cuda and has_kernels(params["op"], "cuda"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    own = [item for item in items if HERE in item.path.parents]
+    cuda = is_dry(config) or (torch.cuda.is_available() and _cuda.why_not("cuda", 0) is None)
+    absent = {id(item) for item in own if is_absent(item, cuda)}
+    if absent:
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in absent])
+        items[:] = [item for item in items if id(item) not in absent]
     if torch.cuda.is_available() or is_dry(config):
         return
     for item in items:
@@ -70,6 +93,16 @@ def dry(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def device(dry: bool) -> str:
     return "cpu" if dry else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels_are_there(request: pytest.FixtureRequest, dry: bool) -> None:
+    """In a dry run they are emulated."""
+    callspec = getattr(request.node, "callspec", None)
+    if dry and callspec is not None and callspec.params.get("backend") == "cuda":
+        reason = request.getfixturevalue("emulated_cuda")
+        if reason is not None:
+            pytest.skip(reason)
 
 
 @pytest.fixture

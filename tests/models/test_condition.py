@@ -64,7 +64,7 @@ def test_gradients_flow_through_it():
 def test_sampling_makes_keys_and_values_once(monkeypatch):
     model, calls = tiny(), []
     real = fused.context_key_value
-    monkeypatch.setattr(fused, "context_key_value", lambda block, context: calls.append(block) or real(block, context))
+    monkeypatch.setattr(fused, "context_key_value", lambda block, *args: calls.append(block) or real(block, *args))
     _, _, context = inputs(model)
     sample(model, context, num_steps=4, guidance_scale=2.0)
     assert calls == list(model.layers)

@@ -47,11 +47,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def backend_is_built(request: pytest.FixtureRequest) -> Iterator[None]:
+def backend_is_built(request: pytest.FixtureRequest, emulated_cuda: str | None) -> Iterator[None]:
     """A csrc backend is tested where it is built, with the instruction set of the variant; the skip says why not."""
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     if backend == "cpu" and _ext.C is None:
         pytest.skip(_ext.ERROR)
+    if backend == "cuda" and emulated_cuda is not None:
+        pytest.skip(emulated_cuda)
     with _cpu.use_isa(getattr(backend, "isa", None) or "auto"):
         yield
 

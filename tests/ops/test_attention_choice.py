@@ -67,11 +67,21 @@ def test_unknown_name():
         (torch.float16, 300, "reference"),
     ],
 )
-def test_auto_takes_what_was_faster(computed, dtype, tokens, faster, requires_grad):
+def test_auto_takes_what_was_faster(computed, monkeypatch, dtype, tokens, faster, requires_grad):
+    """Of the two that need no extension."""
+    monkeypatch.setitem(BACKEND._PREFERRED, "cpu", ())
     attend(dtype, requires_grad, tokens)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         attend(torch.float32, requires_grad, tokens)
     assert computed == [faster, faster]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_auto_takes_the_kernel_where_it_is_built(computed, cpu_calls, dtype, tokens, requires_grad):
+    attend(dtype, requires_grad, tokens)
+    assert cpu_calls == ["flash_attention_fwd"] and computed == []
 
 
 def test_scopes_nest_and_end(computed):

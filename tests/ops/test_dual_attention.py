@@ -33,7 +33,7 @@ LOOP_KERNELS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["reference", "sdpa", "triton"])
+@pytest.fixture(params=["reference", "sdpa", "triton", "cuda"])
 def implementation(request):
     """Run the test once with each implementation that works here."""
     with use_attention("sdpa") if request.param == "sdpa" else use_backend(request.param):
@@ -319,15 +319,14 @@ def test_extremes_stay_finite(implementation, dtype):
 
 def test_names_what_cannot_run():
     args = inputs((1, 2, 2, 1, 1, 4))
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run dual_attention: it has no cuda kernel yet"):
-        dual_attention(*args)
-    with use_backend("triton"):
-        with pytest.raises(
-            RuntimeError, match="its triton kernel takes float32, bfloat16 and float16, got torch.float64"
-        ):
-            dual_attention(*(a.double() for a in args))
-        with pytest.raises(RuntimeError, match="its triton kernel takes heads of up to 128, got 136"):
-            dual_attention(*inputs((1, 2, 2, 1, 1, 136)))
+    for name in ("triton", "cuda"):
+        with use_backend(name):
+            with pytest.raises(
+                RuntimeError, match=f"its {name} kernel takes float32, bfloat16 and float16, got torch.float64"
+            ):
+                dual_attention(*(a.double() for a in args))
+            with pytest.raises(RuntimeError, match=f"its {name} kernel takes heads of up to 128, got 136"):
+                dual_attention(*inputs((1, 2, 2, 1, 1, 136)))
 
 
 def test_second_derivatives_and_transforms_are_refused():
@@ -356,19 +355,26 @@ def test_every_combination_of_needed_gradients():
             assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, full[name])
 
 
+def ours_stock_gold(backend: str, shape, dtypes, masked: bool, gate: Tensor | None = None):
+    """The results of a backend, of stock, and of the reference in fp64."""
+    args, dy = inputs(shape, dtypes), upstream(shape, dtypes[0])
+    args[-1] = args[-1] if gate is None else gate.to(dtypes[-1])
+    settings = {"mask": some_seen(shape[0], shape[2]) if masked else None, "scale": 0.2}
+    with use_backend(backend):
+        ours = run(dual_attention, args, dy, **settings)
+    gold = run(dual_attention_ref, [a.double() for a in args], dy.double(), **settings)
+    return ours, run(eager, args, dy, **settings), gold
+
+
 # ---- triton: every path of its kernels, each told by the kernels that were launched ---------------------------------
 
 
 def triton_stock_gold(shape, dtypes, masked: bool, kernels: list[str], gate: Tensor | None = None):
-    """The results of triton, whose launched kernels are asserted, of stock, and of the reference in fp64."""
-    args, dy = inputs(shape, dtypes), upstream(shape, dtypes[0])
-    args[-1] = args[-1] if gate is None else gate.to(dtypes[-1])
-    settings = {"mask": some_seen(shape[0], shape[2]) if masked else None, "scale": 0.2}
-    with use_backend("triton"), recording() as launches:
-        ours = run(dual_attention, args, dy, **settings)
+    """As `ours_stock_gold`; the launched kernels are asserted."""
+    with recording() as launches:
+        results = ours_stock_gold("triton", shape, dtypes, masked, gate)
     assert [launch.name for launch in launches] == kernels
-    gold = run(dual_attention_ref, [a.double() for a in args], dy.double(), **settings)
-    return ours, run(eager, args, dy, **settings), gold
+    return results
 
 
 def check_triton(*case) -> dict[str, Tensor]:
@@ -479,3 +485,93 @@ def test_triton_gate_sums_of_many_samples():
     sums, gate, dgate = torch.randn(600, 5), torch.randn(5), torch.empty(5)
     kernels.finish_gate(sums, gate, dgate)
     torch.testing.assert_close(dgate, sums.sum(0) * (1 - gate.tanh() ** 2), rtol=1e-5, atol=1e-5)
+
+
+# ---- cuda: the kernels for one tile and the kernels for any length, by the emulation ---------------------------------
+
+
+def check_cuda(*case) -> dict[str, Tensor]:
+    ours, stock, gold = ours_stock_gold("cuda", *case)
+    assert_all_keep_it(ours, stock, gold)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("heads", "key_heads", "masked"), [(3, 3, True), (4, 2, True), (3, 1, False)])
+def test_cuda_tile(dtype, heads, key_heads, masked):
+    check_cuda((2, 64, 64, heads, key_heads, 64), (dtype,) * 4 + (torch.float32,), masked)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_cuda_head_sizes(dtype):
+    gates = []
+    for dim in (2, 5, 32, 64, 80, 100, 128):
+        results = ours_stock_gold("cuda", (1, 17, 35, 2, 1, dim), (dtype,) * 5, True)
+        # judged as one, as in `test_triton_head_sizes`
+        gates.append([result.pop("dgate") for result in results])
+        for name, value in results[0].items():
+            assert_contract(value, *(other[name] for other in results[1:]), f"{name} of heads of {dim}")
+    assert_contract(*(torch.cat(gate) for gate in zip(*gates, strict=True)), "dgate")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "context"), [(130, 77), (33, 65), (64, 63)])
+def test_cuda_lengths(dtype, tokens, context):
+    """Several blocks of queries and of keys, the last of each cut off, two samples and groups of two."""
+    check_cuda((2, tokens, context, 2, 1, 16), (dtype,) * 5, True)
+
+
+# 20 seconds: five million scores, made four times, one thread after the other
+@pytest.mark.slow
+def test_cuda_long():
+    check_cuda((1, 2048, 257, 1, 1, 32), (torch.float32,) * 5, False)
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(64, 64), (20, 16)])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_cuda_gates_of_a_group(dtype, tokens, dim):
+    """As `test_triton_gates_of_a_group`."""
+    gate = torch.tensor([2.0, -1e-3, 1e-6, -2e-6, 0.0, 0.0])
+    ours = check_cuda((1, tokens, tokens, 6, 3, dim), (dtype,) * 4 + (torch.float32,), False, gate)
+    for value in (ours["dk2"][:, :, 2], ours["dv2"][:, :, 2], ours["dqkq"][:, :, 13:]):
+        assert torch.equal(value, torch.zeros_like(value))
+    if dtype == torch.bfloat16:
+        assert (ours["dv2"][:, :, 1] != 0).float().mean() > 0.99
+
+
+def test_cuda_tile_without_context():
+    shape, dtype = (2, 64, 64, 2, 1, 64), torch.bfloat16
+    args, dy, mask = inputs(shape, (dtype,) * 5), upstream(shape, dtype), some_seen(2, 64)
+    mask[0] = False
+    with use_backend("cuda"):
+        ours = run(dual_attention, args, dy, mask=mask)
+        closed = run(dual_attention, [*args[:-1], torch.zeros(2, dtype=dtype)], dy)
+    assert torch.equal(ours["y"][0], closed["y"][0])
+    for value in (ours["dqkq"][:, :, 3:], ours["dk2"], ours["dv2"]):
+        assert torch.equal(value[0], torch.zeros_like(value[0]))
+    check_contract(
+        [*(a[1:] for a in args[:-1]), args[-1]],
+        dy[1:],
+        {n: t if n == "dgate" else t[1:] for n, t in ours.items()},
+        mask=mask[1:],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "context"), [(1, 5), (5, 1), (1, 1)])
+def test_cuda_with_one_key(dtype, tokens, context):
+    """As `test_triton_with_one_key`."""
+    ours = check_cuda((2, tokens, context, 2, 1, 8), (dtype,) * 5, False)
+    for value in (ours["dqkq"][:, :, :3] if tokens == 1 else None, ours["dk2"] if context == 1 else None):
+        assert value is None or torch.equal(value, torch.zeros_like(value))
+
+
+def test_cuda_rows_that_are_not_aligned():
+    """What cannot be read 16 bytes at a time goes to the kernels for any length, which round P nowhere."""
+    shape, dtype = (1, 64, 64, 2, 1, 64), torch.bfloat16
+    args, dy = inputs(shape, (dtype,) * 5), upstream(shape, dtype)
+    moved = [torch.cat([a[..., :1], a], -1)[..., 1:] for a in args[:-1]] + [args[-1]]
+    with use_backend("cuda"):
+        aligned, ours = run(dual_attention, args, dy), run(dual_attention, moved, dy)
+    assert not torch.equal(aligned["y"], ours["y"])
+    check_contract(moved, dy, ours)

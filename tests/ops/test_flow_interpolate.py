@@ -139,6 +139,14 @@ def test_seeded_noise_does_not_depend_on_the_block(backend, dtype):
     torch.testing.assert_close(x_t.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_seeded_noise_of_strided_data(backend):
+    """Rows that begin in the middle of a quadruple: the noise is counted in the order of the shape, not of memory."""
+    data, sigma, seed = torch.randn(2, 6, 13)[:, ::2, 2:].requires_grad_(), torch.rand(2), torch.tensor([3, 2**32 - 1])
+    with use_backend(backend):
+        strided, plain = (flow_interpolate(d, sigma, seed=seed) for d in (data, data.detach().contiguous()))
+    torch.testing.assert_close(strided, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_a_batch_may_be_cut_anywhere(backend):
     args = inputs((5, 3, 7))
     with use_backend(backend):
@@ -150,6 +158,26 @@ def test_a_batch_may_be_cut_anywhere(backend):
         other = flow_interpolate(args["data"], args["sigma"], seed=torch.tensor([6, 17]))
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(other, whole)
+
+
+def test_cpu_kernels_are_called(cpu_calls):
+    args, dy = inputs((2, 3, 8)), torch.randn(2, 3, 8)
+    run(flow_interpolate, args, dy)
+    data = args["data"].requires_grad_()
+    flow_interpolate(data, args["sigma"], seed=torch.tensor([1, 2])).backward(dy)
+    assert cpu_calls == ["flow_interpolate_fwd", "flow_interpolate_bwd"] * 2
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_threads_change_no_bit(threads_agree, seeded):
+    args = inputs((3, 700, 5))
+
+    def op(data: Tensor, noise: Tensor | None) -> Tensor:
+        seed = torch.tensor([1, 2]) if noise is None else None
+        return flow_interpolate(data, args["sigma"], noise=noise, seed=seed)
+
+    named = {"data": args["data"], "noise": None if seeded else args["noise"]}
+    threads_agree(op, named, torch.randn(3, 700, 5))
 
 
 def test_triton_kernels_are_launched():

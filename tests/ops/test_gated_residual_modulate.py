@@ -9,6 +9,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.lumina_nextdit2d import LuminaNextDiTBlock
 from torch import Tensor, nn
 
+from blip3o_fast import _ext
 from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import (
     gated_residual,
@@ -142,6 +143,32 @@ def test_many_rows(backend, shape):
         assert_op_contract(gated_residual_modulate, eager, gated_residual_modulate_ref, inputs(shape), *upstream)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 6, MIXED], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 4096), (2, 5, 5003), (1, 2, 16384)], ids=str)
+def test_cuda_wide_rows(shape, dtypes):
+    """The widest that a block's registers hold, and those that it reads again."""
+    named, upstream = inputs(shape, dtypes), torch.randn(2, *shape).unbind()
+    with use_backend("cuda"):
+        assert_op_contract(gated_residual_modulate, eager, gated_residual_modulate_ref, named, *upstream)
+
+
+def test_cuda_blocks_of_several_tokens():
+    """As on large batches: a block walks over tokens, the last one of a sample over fewer."""
+    shape = (65, 127, 24)
+    upstream = torch.randn(2, *shape).unbind()
+    with use_backend("cuda"):
+        assert_op_contract(gated_residual_modulate, eager, gated_residual_modulate_ref, inputs(shape), *upstream)
+
+
+def test_cpu_kernels_are_called(cpu_calls):
+    with_gradients(gated_residual_modulate, inputs((2, 3, 16)), *torch.randn(2, 2, 3, 16))
+    assert cpu_calls == ["gated_residual_modulate_fwd", "gated_residual_modulate_bwd"]
+
+
+def test_threads_change_no_bit(threads_agree):
+    threads_agree(gated_residual_modulate, inputs((3, 37, 96)), *torch.randn(2, 3, 37, 96))
+
+
 @SCALED
 def test_triton_kernels_are_launched(scaled):
     with use_backend("triton"), recording() as launches:
@@ -160,7 +187,8 @@ def test_equals_the_two_ops(backend, dtypes):
     x, y, gate, weight, next_weight, next_scale = named.values()
     with use_backend(backend):
         h, n = gated_residual_modulate(**named)
-        assert torch.equal(h, gated_residual(x, y, gate, weight))
+        if backend != "cuda":  # gated_residual has no CUDA C++ kernel to compare with
+            assert torch.equal(h, gated_residual(x, y, gate, weight))
         assert torch.equal(n, rms_norm_modulate(h, next_weight, next_scale))
 
 
@@ -300,13 +328,17 @@ def test_does_not_save_the_residual():
 
 def test_names_what_cannot_run():
     named = inputs((1, 2, 8), (torch.bfloat16,) * 6)
-    message = (
-        "backend 'triton' cannot run gated_residual_modulate: its triton kernel takes float32, bfloat16 and float16"
-    )
-    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
-        gated_residual_modulate(**in_double(named))
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
-        gated_residual_modulate(**named)
+    for name in ("triton", "cuda"):
+        message = f"backend '{name}' cannot run gated_residual_modulate: its {name} kernel takes float32, bfloat16 and"
+        with use_backend(name), pytest.raises(RuntimeError, match=message):
+            gated_residual_modulate(**in_double(named))
+    wide = inputs((1, 1, 16392))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="its cuda kernel takes rows of up to 16384, got 16392"):
+        gated_residual_modulate(**wide)
+    message = "its cpu kernel takes float32, bfloat16 and float16, got torch.float64"
+    if _ext.C is not None:
+        with use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+            gated_residual_modulate(**in_double(named))
 
 
 def test_second_derivatives_and_transforms_are_refused():

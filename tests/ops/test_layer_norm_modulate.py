@@ -8,6 +8,7 @@ import torch
 from diffusers.models.normalization import LuminaLayerNormContinuous
 from torch import Tensor
 
+from blip3o_fast import _ext
 from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import layer_norm_modulate, layer_norm_modulate_ref, use_backend
 from blip3o_fast.testing import (
@@ -86,6 +87,15 @@ def test_many_rows(backend, shape):
     """More partial sums, in all and of one sample, than are added up at once; programs that own 16 rows, not 4."""
     with use_backend(backend):
         assert_op_contract(layer_norm_modulate, eager, layer_norm_modulate_ref, inputs(shape), torch.randn(shape))
+
+
+def test_cpu_kernels_are_called(cpu_calls):
+    with_gradients(layer_norm_modulate, inputs((2, 3, 16)), torch.randn(2, 3, 16))
+    assert cpu_calls == ["layer_norm_modulate_fwd", "layer_norm_modulate_bwd"]
+
+
+def test_threads_change_no_bit(threads_agree):
+    threads_agree(layer_norm_modulate, inputs((3, 37, 96)), torch.randn(3, 37, 96))
 
 
 def test_triton_kernels_are_launched():
@@ -169,6 +179,10 @@ def test_names_what_cannot_run():
         layer_norm_modulate(**in_double(named))
     with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
         layer_norm_modulate(**named)
+    message = "its cpu kernel takes float32, bfloat16 and float16, got torch.float64"
+    if _ext.C is not None:
+        with use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+            layer_norm_modulate(**in_double(named))
 
 
 def test_second_derivatives_and_transforms_are_refused():

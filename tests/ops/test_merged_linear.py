@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip3o_fast.ops import merged_linear, merged_linear_ref
+from blip3o_fast.ops import merged_linear, merged_linear_ref, use_backend
 from blip3o_fast.ops.merged_linear import adjacent
 from blip3o_fast.testing import (
     assert_compiles_once,
@@ -66,9 +66,20 @@ def upstream_of(named: dict[str, Tensor]) -> Tensor:
 
 
 def gemms_of(call: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    return sum(event.count for event in profile.key_averages() if event.key in GEMMS)
+    """The vendor's matrix products and ours."""
+    ours, real = [], OP._cpu.call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OP._cpu, "call", lambda name, *args: (ours.append(name), real(name, *args))[1])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+    return len(ours) + sum(event.count for event in profile.key_averages() if event.key in GEMMS)
+
+
+@pytest.fixture(autouse=True)
+def ours_at_every_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test asks for the cpu backend, its kernel also runs the products that it leaves to the vendor."""
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("backend") == "cpu":
+        monkeypatch.setattr(OP, "_MIN_ROWS", 1)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -82,16 +93,18 @@ def test_reference_is_linear(biased):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("leading", LEADING, ids=str)
-def test_contract(leading, dtype, layout, biased):
-    named = inputs(leading, dtype, layout, biased)
-    assert_op_contract(OURS, EAGER, REFERENCE, named, upstream_of(named))
+def test_contract(backend, leading, dtype, layout, biased):
+    with use_backend(backend):
+        named = inputs(leading, dtype, layout, biased)
+        assert_op_contract(OURS, EAGER, REFERENCE, named, upstream_of(named))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_contract_at_model_width(dtype, layout):
-    named = inputs((1, 8), dtype, layout, sizes=(64, 32, 64, 32), width=1792)
-    assert_op_contract(OURS, EAGER, REFERENCE, named, upstream_of(named))
+def test_contract_at_model_width(backend, dtype, layout):
+    with use_backend(backend):
+        named = inputs((1, 8), dtype, layout, sizes=(64, 32, 64, 32), width=1792)
+        assert_op_contract(OURS, EAGER, REFERENCE, named, upstream_of(named))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -119,18 +132,19 @@ def test_adjacent():
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_adjacent_weights_are_one_gemm(biased):
+def test_adjacent_weights_are_one_gemm(backend, biased):
     """Forward 1, dx 1, dweight 1, whatever the number of weights; apart: one forward and one dx GEMM each."""
-    for layout, forward, both in (("adjacent", 1, 3), ("apart", 3, 3 + 3 + 1)):
-        named = inputs(layout=layout, biased=biased)
-        assert gemms_of(lambda named=named: OURS(**named)) == forward, layout
-        dy = upstream_of(named)
-        assert gemms_of(lambda named=named, dy=dy: with_gradients(OURS, named, dy)) == both, layout
-    # under autocast the weights are copied to be cast, so that they may as well be copied side by side
-    for layout in LAYOUTS:
-        named = inputs(layout=layout)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert gemms_of(lambda named=named: with_gradients(OURS, named, upstream_of(named))) == 3
+    with use_backend(backend):
+        for layout, forward, both in (("adjacent", 1, 3), ("apart", 3, 3 + 3 + 1)):
+            named = inputs(layout=layout, biased=biased)
+            assert gemms_of(lambda named=named: OURS(**named)) == forward, layout
+            dy = upstream_of(named)
+            assert gemms_of(lambda named=named, dy=dy: with_gradients(OURS, named, dy)) == both, layout
+        # under autocast the weights are copied to be cast, so that they may as well be copied side by side
+        for layout in LAYOUTS:
+            named = inputs(layout=layout)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert gemms_of(lambda named=named: with_gradients(OURS, named, upstream_of(named))) == 3
 
 
 def test_adjacent_weights_are_not_copied(monkeypatch):
@@ -144,13 +158,14 @@ def test_adjacent_weights_are_not_copied(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weight_gradients_are_row_blocks_of_one_buffer(layout):
-    named = inputs(layout=layout)
-    results = with_gradients(OURS, named, upstream_of(named))
-    assert adjacent([results[f"dw{i}"] for i in range(3)])
-    weights = [nn.Parameter(named[f"w{i}"].detach()) for i in range(3)]
-    merged_linear(named["x"], weights).backward(upstream_of(named))
-    assert adjacent([w.grad for w in weights]), "AccumulateGrad takes the blocks over without a copy"
+def test_weight_gradients_are_row_blocks_of_one_buffer(backend, layout):
+    with use_backend(backend):
+        named = inputs(layout=layout)
+        results = with_gradients(OURS, named, upstream_of(named))
+        assert adjacent([results[f"dw{i}"] for i in range(3)])
+        weights = [nn.Parameter(named[f"w{i}"].detach()) for i in range(3)]
+        merged_linear(named["x"], weights).backward(upstream_of(named))
+        assert adjacent([w.grad for w in weights]), "AccumulateGrad takes the blocks over without a copy"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -187,21 +202,26 @@ def test_gemms_that_nobody_needs_are_not_run(layout, biased):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs(layout, dtype):
+def test_strided_inputs(backend, layout, dtype):
     """A column slice, a transpose, an expanded row; upstream gradients likewise; a transposed weight among others."""
-    named = inputs(layout=layout, dtype=dtype)
-    wide = torch.randn(2, 6, 40).to(dtype)
-    for x in (wide[:, ::2, 3:20], torch.randn(2, 17, 3).to(dtype).transpose(1, 2), wide[:1, :1, :17].expand(2, 3, 17)):
-        for dy in (
-            torch.randn(2, 16, 3).transpose(1, 2),
-            torch.randn(2, 3, 40)[..., 7:23],
-            torch.ones(1, 1, 1).expand(2, 3, 16),
+    with use_backend(backend):
+        named = inputs(layout=layout, dtype=dtype)
+        wide = torch.randn(2, 6, 40).to(dtype)
+        for x in (
+            wide[:, ::2, 3:20],
+            torch.randn(2, 17, 3).to(dtype).transpose(1, 2),
+            wide[:1, :1, :17].expand(2, 3, 17),
         ):
-            assert_op_contract(OURS, EAGER, REFERENCE, named | {"x": x}, dy)
-    transposed = named | {"w1": torch.randn(17, 8).to(dtype).t(), "w2": torch.randn(6, 34).to(dtype)[::2, ::2]}
-    assert_op_contract(OURS, EAGER, REFERENCE, transposed, torch.randn(2, 5, 16))
-    alone = {"x": named["x"], "w0": transposed["w1"]}
-    assert_op_contract(OURS, EAGER, REFERENCE, alone, torch.randn(2, 5, 8))
+            for dy in (
+                torch.randn(2, 16, 3).transpose(1, 2),
+                torch.randn(2, 3, 40)[..., 7:23],
+                torch.ones(1, 1, 1).expand(2, 3, 16),
+            ):
+                assert_op_contract(OURS, EAGER, REFERENCE, named | {"x": x}, dy)
+        transposed = named | {"w1": torch.randn(17, 8).to(dtype).t(), "w2": torch.randn(6, 34).to(dtype)[::2, ::2]}
+        assert_op_contract(OURS, EAGER, REFERENCE, transposed, torch.randn(2, 5, 16))
+        alone = {"x": named["x"], "w0": transposed["w1"]}
+        assert_op_contract(OURS, EAGER, REFERENCE, alone, torch.randn(2, 5, 8))
 
 
 def test_both_layouts_and_one_weight_agree():
@@ -223,34 +243,38 @@ def test_a_weight_used_twice_gets_both_gradients():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_deterministic(layout):
-    named = inputs((3, 64), layout=layout, biased=True, sizes=(32, 48), width=96)
-    assert_deterministic(OURS, named, upstream_of(named))
+def test_deterministic(backend, layout):
+    with use_backend(backend):
+        named = inputs((3, 64), layout=layout, biased=True, sizes=(32, 48), width=96)
+        assert_deterministic(OURS, named, upstream_of(named))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(layout, dtype):
-    x, *tensors = inputs(layout=layout, biased=True).values()
-    weights, biases = tensors[:3], tensors[3:]
-    torch.library.opcheck(OP._merged_linear_fwd, (x, weights, biases, dtype))
-    torch.library.opcheck(OP._merged_linear_fwd, (x, weights, [], dtype))
-    dy = torch.randn(2, 5, 16).to(dtype)
-    for need_x, need_weights, need_bias in (
-        (True, [True] * 3, True),
-        (False, [True, False, True], False),
-        (True, [False] * 3, True),
-    ):
-        torch.library.opcheck(OP._merged_linear_bwd, (dy, x, weights, need_x, need_weights, need_bias))
+def test_opcheck(backend, layout, dtype):
+    with use_backend(backend):
+        x, *tensors = inputs(layout=layout, biased=True).values()
+        weights, biases = tensors[:3], tensors[3:]
+        torch.library.opcheck(OP._merged_linear_fwd, (x, weights, biases, dtype, backend))
+        torch.library.opcheck(OP._merged_linear_fwd, (x, weights, [], dtype, backend))
+        dy = torch.randn(2, 5, 16).to(dtype)
+        for need_x, need_weights, need_bias in (
+            (True, [True] * 3, True),
+            (False, [True, False, True], False),
+            (True, [False] * 3, True),
+        ):
+            torch.library.opcheck(OP._merged_linear_bwd, (dy, x, weights, need_x, need_weights, need_bias, backend))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compile_does_not_recompile_per_batch(layout):
-    def make(batch: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-        named = inputs((batch, 4), layout=layout, biased=True)
-        return named, [upstream_of(named)]
+def test_compile_does_not_recompile_per_batch(backend, layout):
+    with use_backend(backend):
 
-    assert_compiles_once(OURS, make)
+        def make(batch: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+            named = inputs((batch, 4), layout=layout, biased=True)
+            return named, [upstream_of(named)]
+
+        assert_compiles_once(OURS, make)
 
 
 def test_compiled_adjacent_weights_are_one_gemm():
@@ -264,40 +288,44 @@ def test_compiled_adjacent_weights_are_one_gemm():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("given", [torch.float32, None], ids=["fp32 x", "x as cast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_runs_in_its_dtype(dtype, given, layout, biased):
-    named = inputs((4, 16), layout=layout, biased=biased, width=64)
-    named["x"] = named["x"].to(given or dtype)
+def test_autocast_runs_in_its_dtype(backend, dtype, given, layout, biased):
+    with use_backend(backend):
+        named = inputs((4, 16), layout=layout, biased=biased, width=64)
+        named["x"] = named["x"].to(given or dtype)
+        with torch.autocast("cpu", dtype):
+            assert_op_contract(OURS, EAGER, REFERENCE, named, upstream_of(named), dtypes=[dtype])
     with torch.autocast("cpu", dtype):
-        assert_op_contract(OURS, EAGER, REFERENCE, named, upstream_of(named), dtypes=[dtype])
         assert OURS(**{name: value.double() for name, value in named.items()}).dtype == torch.float64
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
-def test_without_autocast_x_decides(dtypes, layout):
+def test_without_autocast_x_decides(backend, dtypes, layout):
     """Stock linear refuses mixed dtypes; here the weights are cast to x's. Each gradient has its input's dtype."""
-    named = inputs((4, 16), dtypes[1], layout, biased=True)
-    named["x"] = named["x"].to(dtypes[0])
+    with use_backend(backend):
+        named = inputs((4, 16), dtypes[1], layout, biased=True)
+        named["x"] = named["x"].to(dtypes[0])
 
-    def cast_first(x: Tensor, **others: Tensor) -> Tensor:
-        return EAGER(x, **{name: value.to(x.dtype) for name, value in others.items()})
+        def cast_first(x: Tensor, **others: Tensor) -> Tensor:
+            return EAGER(x, **{name: value.to(x.dtype) for name, value in others.items()})
 
-    assert_op_contract(OURS, cast_first, REFERENCE, named, upstream_of(named))
-    mixed = named | {"w1": named["w1"].to(torch.float16), "b2": named["b2"].to(torch.float16)}
-    assert_op_contract(OURS, cast_first, REFERENCE, mixed, upstream_of(named))
+        assert_op_contract(OURS, cast_first, REFERENCE, named, upstream_of(named))
+        mixed = named | {"w1": named["w1"].to(torch.float16), "b2": named["b2"].to(torch.float16)}
+        assert_op_contract(OURS, cast_first, REFERENCE, mixed, upstream_of(named))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_many_weights_apart_do_not_round_between(dtype):
+def test_many_weights_apart_do_not_round_between(backend, dtype):
     """dx sums over the weights in fp32: with sixteen of them it stays as exact as that of one GEMM."""
-    sizes = (8,) * 16
-    together = inputs((2, 9), dtype, sizes=sizes)
-    apart = {name: value.clone() for name, value in together.items()}
-    dy = upstream_of(together)
-    first, second = (with_gradients(OURS, named, dy.to(dtype))["dx"] for named in (together, apart))
-    gold = with_gradients(REFERENCE, {name: value.double() for name, value in apart.items()}, dy.to(dtype))["dx"]
-    for dx in (first, second):
-        assert (dx.double() - gold).abs().max() <= torch.finfo(dtype).eps * gold.abs().max()
+    with use_backend(backend):
+        sizes = (8,) * 16
+        together = inputs((2, 9), dtype, sizes=sizes)
+        apart = {name: value.clone() for name, value in together.items()}
+        dy = upstream_of(together)
+        first, second = (with_gradients(OURS, named, dy.to(dtype))["dx"] for named in (together, apart))
+        gold = with_gradients(REFERENCE, {name: value.double() for name, value in apart.items()}, dy.to(dtype))["dx"]
+        for dx in (first, second):
+            assert (dx.double() - gold).abs().max() <= torch.finfo(dtype).eps * gold.abs().max()
 
 
 def test_bias_gradients_keep_fp32_under_autocast():
@@ -353,6 +381,22 @@ def test_inference_mode_and_no_grad():
         with mode():
             y = OURS(**named)
         assert not y.requires_grad and torch.equal(y, expected)
+
+
+def test_cpu_runs_the_products_of_many_rows(cpu_calls):
+    """Those of few rows stay with the vendor library: they read their weights once, and packing would do it twice."""
+    named = inputs((2, 32))
+    with_gradients(OURS, named, upstream_of(named))
+    assert cpu_calls == ["linear", "linear"]  # 64 rows; the weight gradient has 16
+    del cpu_calls[:]
+    named = inputs((1, 4), sizes=(64, 64))
+    OURS(**named)
+    assert cpu_calls == []
+
+
+def test_threads_change_no_bit(threads_agree):
+    named = inputs((3, 37), layout="apart", sizes=(64, 40), width=96)
+    threads_agree(OURS, named, upstream_of(named))
 
 
 def test_second_derivatives_and_transforms_are_refused():

@@ -78,6 +78,29 @@ def test_contract(backend, shape, dtypes, guided):
 
 
 @pytest.mark.parametrize("guided", [True, False])
+def test_cpu_kernels_are_called(cpu_calls, guided):
+    run(ode_step, inputs((2, 3, 8), guided=guided), torch.randn(2, 3, 8))
+    assert cpu_calls == ["ode_step_fwd", "ode_step_bwd"]
+
+
+@pytest.mark.parametrize("rank", [0, 6, 7])
+def test_any_number_of_dimensions(rank, cpu_calls):
+    """The C++ kernels take six; more of them run on the reference."""
+    shape = (2,) * rank
+    args, dy = inputs(shape), torch.randn(shape)
+    ours = run(ode_step, args, dy)
+    assert len(cpu_calls) == (2 if rank <= 6 else 0)
+    stock, gold = run(eager, args, dy), gold_of(args, dy)
+    for name, value in ours.items():
+        assert_contract(value, stock[name], gold[name], name)
+
+
+def test_threads_change_no_bit(threads_agree):
+    named = dict(zip(NAMES, inputs((3, 700, 5)), strict=True))
+    threads_agree(lambda x, v_cond, v_uncond: ode_step(x, v_cond, v_uncond, W, H), named, torch.randn(3, 700, 5))
+
+
+@pytest.mark.parametrize("guided", [True, False])
 def test_triton_kernels_are_launched(guided):
     with use_backend("triton"), recording() as launches:
         run(ode_step, inputs((2, 3, 8), guided=guided), torch.randn(2, 3, 8))

@@ -33,7 +33,7 @@ def eager(x: Tensor, weights: list[Tensor], bias: Tensor | None = None, swiglu: 
 
 
 def gold(x: Tensor, weights: list[Tensor], bias: Tensor | None = None, swiglu: bool = False) -> Tensor:
-    return packed_linear_ref(x.double(), [w.double() for w in weights], bias, swiglu=swiglu)
+    return packed_linear_ref(x.double(), PackedWeights(weights, bias, swiglu=swiglu))
 
 
 def draw(rows: tuple[int, ...], outs: tuple[int, ...], inner: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -43,12 +43,13 @@ def draw(rows: tuple[int, ...], outs: tuple[int, ...], inner: int, dtype: torch.
 
 def test_reference_is_linear():
     x, weights = draw((2, 3), (5, 5), 7, torch.float32)
-    x, weights, bias = x.double(), [w.double() for w in weights], torch.randn(10).double()
-    expected = nn.functional.linear(x, torch.cat(weights), bias)
-    torch.testing.assert_close(packed_linear_ref(x, weights, bias), expected, rtol=1e-14, atol=1e-14)
+    x, bias = x.double(), torch.randn(10)
+    expected = nn.functional.linear(x, torch.cat(weights).double(), bias.double())
+    torch.testing.assert_close(packed_linear_ref(x, PackedWeights(weights, bias)), expected, rtol=1e-14, atol=1e-14)
     gate, up = expected.chunk(2, -1)
     silu = nn.functional.silu(gate) * up
-    torch.testing.assert_close(packed_linear_ref(x, weights, bias, swiglu=True), silu, rtol=1e-13, atol=1e-14)
+    both = packed_linear_ref(x, PackedWeights(weights, bias, swiglu=True))
+    torch.testing.assert_close(both, silu, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("swiglu", [False, True], ids=["plain", "swiglu"])

@@ -1,6 +1,6 @@
 """The counter-based noise: Random123's known answers, exact integer arithmetic, and scipy's tests of the normals.
 
-The second half is the same noise inside a kernel (`kernels/_philox.py`).
+The second half is the same noise inside the kernels (`kernels/_philox.py`, `csrc/cpu/philox.h`).
 """
 
 import math
@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from scipy import stats
 
+from blip3o_fast import _ext
 from blip3o_fast.kernels import _philox as kernels
-from blip3o_fast.ops import flow_interpolate, use_backend
+from blip3o_fast.ops import _cpu, flow_interpolate, flow_matching_loss, use_backend
 from blip3o_fast.ops._philox import (
     PER_SAMPLE,
     box_muller,
@@ -215,6 +216,34 @@ def test_the_words_of_the_kernel_are_the_same():
     assert [f"{int(word) % 2**32:08x}" for word in found[:, 2]] == KNOWN[2][2].split()
 
 
+def exact_box_muller(word_a: torch.Tensor, word_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """r cos and r sin of two words in fp64, from their uniforms in fp32 on."""
+    radius = torch.sqrt(-2 * torch.log(uniform(word_a).double()))
+    # The quarter turns are taken off first: pi of fp64 is not exact enough for a sine near its zeros.
+    turns = uniform(word_b).double()
+    quarter = torch.round(4 * turns)
+    rest, quarter = 2 * math.pi * (turns - quarter / 4), quarter.long() % 4
+    sin, cos = rest.sin(), rest.cos()
+    circles = ((cos, -sin, -cos, sin), (sin, cos, -sin, -cos))
+    cos, sin = (radius * torch.stack(circle).gather(0, quarter[None])[0] for circle in circles)
+    return cos, sin
+
+
+def exact_noise(seed: int, sample: int, elements: int) -> torch.Tensor:
+    """The normals of one sample, fp64."""
+    quad = torch.arange((elements + 3) // 4)
+    counter = (*split_words(quad), *split_words(torch.full_like(quad, sample)))
+    w = philox_4x32_10(counter, split_words(torch.full_like(quad, seed)))
+    normals = torch.stack([*exact_box_muller(w[0], w[1]), *exact_box_muller(w[2], w[3])], dim=-1)
+    return normals.flatten()[:elements]
+
+
+def ulps(value: torch.Tensor, gold: torch.Tensor) -> float:
+    """The largest distance to gold, in units of the last place that fp32 has there."""
+    spacing = torch.from_numpy(numpy.spacing(gold.abs().float().numpy())).double()
+    return ((value.cpu().double() - gold).abs() / spacing).max().item()
+
+
 def test_the_normals_of_the_kernel_are_within_2_ulp():
     """Of the formula in fp64; ends and right angles, the logarithm near 1 and its seams included."""
     count = 2**18
@@ -227,17 +256,8 @@ def test_the_normals_of_the_kernel_are_within_2_ulp():
     word_a[:3], word_b[:4] = torch.tensor([0, 2**32 - 1, 2**31]), torch.tensor([0, 2**32 - 1, 2**30, 2**31])
     ours = torch.empty(2, count, device=DEVICE)
     box_muller_kernel[(1,)](as_int32(word_a), as_int32(word_b), ours, N=count)
-    radius = torch.sqrt(-2 * torch.log(uniform(word_a).double()))
-    # The quarter turns are taken off first: pi of fp64 is not exact enough for a sine near its zeros.
-    turns = uniform(word_b).double()
-    quarter = torch.round(4 * turns)
-    rest, quarter = 2 * math.pi * (turns - quarter / 4), quarter.long() % 4
-    sin, cos = rest.sin(), rest.cos()
-    for value, circle in ((ours[0], (cos, -sin, -cos, sin)), (ours[1], (sin, cos, -sin, -cos))):
-        gold = radius * torch.stack(circle).gather(0, quarter[None])[0]
-        spacing = torch.from_numpy(numpy.spacing(gold.abs().float().numpy())).double()
-        error = ((value.cpu().double() - gold).abs() / spacing).max().item()
-        assert error <= 2.0
+    for value, gold in zip(ours, exact_box_muller(word_a, word_b), strict=True):
+        assert ulps(value, gold) <= 2.0
     assert ours.isfinite().all() and not ours[:, 1].any()  # u = 1: the radius is 0
 
 
@@ -284,3 +304,27 @@ def test_the_batch_of_the_kernel_may_be_cut_anywhere():
         assert torch.equal(drawn(3, 100 + start, (stop - start, 3, 7)), whole[start:stop])
     assert torch.equal(drawn(3, 100, (4, 2, 7)).flatten(1), whole.flatten(1)[:, :14])
     assert not torch.equal(drawn(4, 100, (4, 3, 7)), whole)
+
+
+@pytest.mark.parametrize("isa", _cpu.ISAS or [pytest.param("", marks=pytest.mark.skip(reason=str(_ext.ERROR)))])
+def test_the_normals_of_the_cpu_are_within_2_ulp(isa):
+    """And so their words are the same, at every place of a quadruple, of a register and of a block."""
+    seed, offset, elements = -(2**40) + 11, 2**33 + 5, 2**16 + 7
+    with use_backend("cpu"), _cpu.use_isa(isa):
+        ours = flow_interpolate(torch.zeros(2, elements), torch.ones(2), seed=torch.tensor([seed, offset]))
+    for row in range(2):
+        assert ulps(ours[row], exact_noise(seed, offset + row, elements)) <= 2.0
+
+
+@pytest.mark.parametrize("channels", [64, 2])
+def test_the_normals_of_cuda_are_within_2_ulp(channels, emulated_cuda):
+    """By quadruples and one by one: of a zero prediction, and of a power of two of elements, the gradient is -noise."""
+    if emulated_cuda is not None:
+        pytest.skip(emulated_cuda)
+    seed, offset, shape = -(2**40) + 11, 2**33 + 5, (2, 2**16 // channels, channels)
+    pred, seeds = torch.zeros(shape, requires_grad=True), torch.tensor([seed, offset])
+    with use_backend("cuda"):
+        loss, _ = flow_matching_loss(pred, pred.detach(), torch.ones(2), seed=seeds, prediction_type="epsilon")
+        (dpred,) = torch.autograd.grad(loss, pred, torch.tensor(pred.numel() / 2))
+    for row in range(2):
+        assert ulps(-dpred[row].flatten(), exact_noise(seed, offset + row, 2**16)) <= 2.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blip3o_fast import _ext
 from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import qk_norm_rope, qk_norm_rope_ref, rope_table, use_backend
 from blip3o_fast.testing import assert_contract, assert_rounded_once
@@ -26,6 +27,7 @@ SHAPES = [
     (1, (1, 1), (5,), 4),
     (3, (1, 2), (4, 2, 4), 20),
 ]
+ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(_ext.C is None, reason=str(_ext.ERROR)))
 MANY_TOKENS = [(2, (8, 8), (28, 28, 28), 64), (3, (3, 5), (3, 1, 3), 72)]
 
 
@@ -149,7 +151,7 @@ def test_contract_at_full_width(backend, dtypes):
 @pytest.mark.parametrize("normed", [(True,), (False, True)])
 @pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
 @pytest.mark.parametrize("shape", MANY_TOKENS, ids=str)
-@pytest.mark.parametrize("on", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on", ["reference", pytest.param("triton", marks=pytest.mark.slow), "cuda", ON_CPU])
 def test_contract_of_many_tokens(on, shape, dtypes, normed):
     check_contract(Case(shape, dtypes, normed), on)
 
@@ -188,12 +190,51 @@ def test_rounds_once(backend, dtype):
         assert_rounded_once(value, gold[name], name)
 
 
+@pytest.mark.parametrize(("heads", "calls"), [((2, 1, 2), 1), ((2, 1, 2, 1), 2)])
+def test_cpu_kernels_are_called(cpu_calls, heads, calls):
+    Case((2, (1, 2), heads, 8)).run(qk_norm_rope)
+    assert cpu_calls == ["qk_norm_rope_fwd"] * calls + ["qk_norm_rope_bwd"] * calls
+
+
+def test_threads_change_no_bit(threads_agree):
+    """Several chunks of rows, of which the last is not full."""
+    case = Case((3, (3, 13), (3, 1, 3), 8), normed=(True, False, True))
+    named = {"x": case.x} | {f"affine{i}": t for i, t in enumerate((*case.weights, *case.biases))}
+
+    def op(x: Tensor, **affine: Tensor | None) -> Tensor:
+        weights, biases = (list(affine.values())[i : i + 3] for i in (0, 3))
+        return qk_norm_rope(x, weights, biases, case.rope, heads=case.heads, head_dim=8)
+
+    threads_agree(op, named, case.dy)
+
+
 @pytest.mark.parametrize("normed", [(True,), (False,)])
 def test_triton_kernels_are_launched(normed):
     with use_backend("triton"), recording() as launches:
         Case((2, (1, 2), (2, 1, 2), 8), normed=normed).run(qk_norm_rope)
     sums = ["sample_sums_kernel"] if normed[0] else []
     assert [launch.name for launch in launches] == ["qk_norm_rope_fwd", "qk_norm_rope_bwd", *sums]
+
+
+@pytest.mark.parametrize("dtypes", [*[(d,) * 3 for d in DTYPES], MIXED], ids=str)
+@pytest.mark.parametrize("heads", [(64, 1), (65, 64), (128,)])
+def test_cuda_widths(heads, dtypes):
+    """As many columns as threads of eight hold, and those for which a thread holds two and four times as many."""
+    check_contract(Case((1, (1, 2), heads, 32 if heads == (64, 1) else 64), dtypes), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_chunks_of_tokens(dtype):
+    """So many tokens that a block of the backward takes three, in one group with and one without a norm."""
+    check_contract(Case((3, (14, 15), (9, 2), 32), (dtype,) * 3, normed=(True, False)), "cuda")
+
+
+def test_cuda_rows_that_are_not_aligned():
+    """Rows, weights and biases of which no eight can be read at once, in groups that end in the middle of eight."""
+    case = Case((2, (1, 3), (5, 2, 1), 10), rotated=False)
+    case.x, case.rope = torch.randn(2, 3, 87)[..., 3:83], torch.randn(3, 5, 2)
+    case.weights, case.biases = ([torch.randn(len(t) + 1)[1:] for t in g] for g in (case.weights, case.biases))
+    check_contract(case, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -351,12 +392,12 @@ def test_extremes_stay_finite(backend, dtype):
 
 def test_names_what_cannot_run():
     case = Case((1, (1, 2), (1,), 4))
-    message = "backend 'triton' cannot run qk_norm_rope: its triton kernel takes float32, bfloat16 and float16"
-    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
-        case.double().call(qk_norm_rope)
-    for name in ("cuda", "cpu"):
-        with use_backend(name), pytest.raises(RuntimeError, match=f"it has no {name} kernel yet"):
-            case.call(qk_norm_rope)
+    for name in ("triton", "cuda"):
+        message = f"backend '{name}' cannot run qk_norm_rope: its {name} kernel takes float32, bfloat16 and float16"
+        with use_backend(name), pytest.raises(RuntimeError, match=message):
+            case.double().call(qk_norm_rope)
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="normalises up to 8192 columns at once, got 8200"):
+        Case((1, (1, 1), (1025,), 8)).call(qk_norm_rope)
 
 
 def test_second_derivatives_and_transforms_are_refused():

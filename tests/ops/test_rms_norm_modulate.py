@@ -113,6 +113,21 @@ def test_triton_kernels_are_launched():
     ]
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, MIXED], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 4096), (2, 5, 5003), (1, 2, 16384)], ids=str)
+def test_cuda_wide_rows(shape, dtypes):
+    """The widest that a block's registers hold, and those that it reads again."""
+    with use_backend("cuda"):
+        assert_op_contract(rms_norm_modulate, eager, rms_norm_modulate_ref, inputs(shape, dtypes), torch.randn(shape))
+
+
+def test_cuda_blocks_of_several_tokens():
+    """As on large batches: a block walks over tokens, the last one of a sample over fewer."""
+    shape = (65, 127, 24)
+    with use_backend("cuda"):
+        assert_op_contract(rms_norm_modulate, eager, rms_norm_modulate_ref, inputs(shape), torch.randn(shape))
+
+
 def test_strided_inputs(backend):
     """Slices, every other row, transposed and expanded upstream gradients: read where they lie."""
     wide = torch.randn(2, 6, 100)
@@ -166,11 +181,12 @@ def test_every_combination_of_needed_gradients(scaled):
 
 def test_names_what_cannot_run():
     named = inputs((1, 2, 8), (torch.bfloat16,) * 3)
-    message = "backend 'triton' cannot run rms_norm_modulate: its triton kernel takes float32, bfloat16 and float16"
-    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
-        rms_norm_modulate(**in_double(named))
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
-        rms_norm_modulate(**named)
+    for name in ("triton", "cuda"):
+        message = f"backend '{name}' cannot run rms_norm_modulate: its {name} kernel takes float32, bfloat16 and"
+        with use_backend(name), pytest.raises(RuntimeError, match=message):
+            rms_norm_modulate(**in_double(named))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="its cuda kernel takes rows of up to 16384, got 16385"):
+        rms_norm_modulate(torch.zeros(1, 1, 16385), torch.zeros(16385))
     message = "its cpu kernel takes float32, bfloat16 and float16, got torch.float64"
     if _ext.C is not None:
         with use_backend("cpu"), pytest.raises(RuntimeError, match=message):

@@ -1,7 +1,9 @@
 """swiglu against diffusers' FP32SiLU and LuminaFeedForward, torch's silu in fp64, and the numerics contract."""
 
 import importlib
+import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers.models.activations import FP32SiLU
 from diffusers.models.attention import LuminaFeedForward
 from torch import Tensor
 
+from blip3o_fast import _ext
 from blip3o_fast.kernels._launch import recording
 from blip3o_fast.ops import swiglu, swiglu_ref, use_backend
 from blip3o_fast.testing import (
@@ -66,10 +69,14 @@ def test_is_the_middle_of_diffusers_feed_forward():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_contract(backend, shape, dtype):
+    def calls(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda gate_up: torch.stack([op(one) for one in gate_up.unbind()])
+
+    # Of a few numbers stock may be exact by luck: small shapes are judged over many calls.
+    count = 64 if 0 < math.prod(shape) < 32 else 1
+    inputs = {"gate_up": 3 * torch.randn(count, *shape).to(dtype)}
     with use_backend(backend):
-        assert_op_contract(
-            swiglu, eager, swiglu_ref, {"gate_up": 3 * torch.randn(shape).to(dtype)}, torch.randn(halved(shape))
-        )
+        assert_op_contract(*map(calls, (swiglu, eager, swiglu_ref)), inputs, torch.randn(count, *halved(shape)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -80,6 +87,15 @@ def test_rounds_once(backend, dtype):
     gold = with_gradients(swiglu_ref, {"gate_up": inputs["gate_up"].double()}, dy)
     for name, value in ours.items():
         assert_rounded_once(value, gold[name], name)
+
+
+def test_cpu_kernels_are_called(cpu_calls):
+    with_gradients(swiglu, {"gate_up": torch.randn(2, 3, 16)}, torch.randn(2, 3, 8))
+    assert cpu_calls == ["swiglu_fwd", "swiglu_bwd"]
+
+
+def test_threads_change_no_bit(threads_agree):
+    threads_agree(swiglu, {"gate_up": 3 * torch.randn(5, 2 * 1100)}, torch.randn(5, 1100))
 
 
 def test_triton_kernels_are_launched():
@@ -117,6 +133,13 @@ def test_strided_inputs(backend, dtype):
         for dy in (torch.randn(*shape[:-2], shape[-1], shape[-2]).mT, torch.randn((1,) * len(shape)).expand(shape)):
             with use_backend(backend):
                 assert_op_contract(swiglu, eager, swiglu_ref, {"gate_up": gate_up}, dy)
+
+
+def test_many_dimensions(backend):
+    """More than a cpu kernel counts through, and not one block of memory."""
+    gate_up = torch.randn(2, 1, 3, 1, 2, 2, 12)[..., ::2, :]
+    with use_backend(backend):
+        assert_op_contract(swiglu, eager, swiglu_ref, {"gate_up": gate_up}, torch.randn(2, 1, 3, 1, 2, 1, 6))
 
 
 def test_deterministic(backend):
@@ -179,6 +202,10 @@ def test_names_what_cannot_run():
         swiglu(torch.randn(2, 8).double())
     with use_backend("cuda"), pytest.raises(RuntimeError, match="it has no cuda kernel yet"):
         swiglu(torch.randn(2, 8))
+    message = "its cpu kernel takes float32, bfloat16 and float16, got torch.float64"
+    if _ext.C is not None:
+        with use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+            swiglu(torch.randn(2, 8).double())
 
 
 def test_second_derivatives_and_transforms_are_refused():

@@ -19,7 +19,7 @@ def test_blocks_nest_and_end():
 
 
 def test_a_compiled_graph_is_not_reused_under_another_value():
-    x, weight = torch.randn(2, 3, 8), torch.randn(8)
+    x, weight = torch.randn(2, 3, 8).double(), torch.randn(8).double()  # which the CUDA kernels do not take
     torch._dynamo.reset()
     compiled = torch.compile(rms_norm_modulate, backend="aot_eager", fullgraph=True)
     with use_backend("reference"):
