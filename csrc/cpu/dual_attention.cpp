@@ -3,6 +3,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "parallel.h"
+#include "refuse.h"
 #include "scratch.h"
 
 namespace blip3o_fast {
@@ -22,7 +23,7 @@ Sizes check(const View& qkq, const View& v1, const View& k2, const View& v2, con
     check_rank(k2, 4);
     check_rank(gate, 1);
     const Sizes n{qkq.size[0], qkq.size[1], k2.size[1], gate.size[0], v1.size[2], qkq.size[3]};
-    if (n.key_heads < 1 || n.heads % n.key_heads != 0) refuse(v1, "of key heads that divide gate's heads");
+    if (n.key_heads < 1 || n.heads % n.key_heads != 0) refuse_tensor(v1, "of key heads that divide gate's heads");
     check_shape(qkq, {n.batch, n.tokens, n.packed(), n.dim});
     check_shape(v1, {n.batch, n.tokens, n.key_heads, n.dim});
     for (const View* keys : {&k2, &v2}) check_shape(*keys, {n.batch, n.context, n.key_heads, n.dim});

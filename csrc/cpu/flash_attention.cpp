@@ -3,6 +3,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "parallel.h"
+#include "refuse.h"
 #include "scratch.h"
 
 namespace blip3o_fast {
@@ -18,7 +19,7 @@ Sizes check(const View& q, const View& k, const View& v, const View& mask) {
     check_rank(q, 4);
     check_rank(k, 4);
     const Sizes n{q.size[0], q.size[1], k.size[1], q.size[2], k.size[2], q.size[3]};
-    if (n.key_heads < 1 || n.heads % n.key_heads != 0) refuse(k, "of key heads that divide q's heads");
+    if (n.key_heads < 1 || n.heads % n.key_heads != 0) refuse_tensor(k, "of key heads that divide q's heads");
     for (const View* keys : {&k, &v}) check_shape(*keys, {n.batch, n.keys, n.key_heads, n.dim});
     for (const View* operand : {&q, &k, &v}) check_float(*operand);
     check_mask(mask, n.batch, n.keys);

@@ -2,6 +2,7 @@
 
 #include "math.h"
 #include "parallel.h"
+#include "refuse.h"
 #include "rows.h"
 
 namespace blip3o_fast {
@@ -15,16 +16,12 @@ constexpr int64_t kBlock = 1024;
 // half [..., F] of whole [..., 2F]
 void check(const View& half, const View& whole) {
     check_float(whole);
-    if (whole.rank < 1) refuse(whole, "a tensor of 1 dimensions or more");
+    if (whole.rank < 1) refuse_tensor(whole, "a tensor of 1 dimensions or more");
     const int last = whole.rank - 1;
-    if (whole.size[last] % 2 != 0) refuse(whole, "of an even last dimension");
+    if (whole.size[last] % 2 != 0) refuse_tensor(whole, "of an even last dimension");
     bool same = half.rank == whole.rank && half.size[last] == whole.size[last] / 2;
     for (int i = 0; i < last && same; ++i) same = half.size[i] == whole.size[i];
-    if (!same) {
-        View wanted = whole;
-        wanted.size[last] /= 2;
-        refuse(half, "of shape " + shape_text(wanted));
-    }
+    if (!same) refuse_tensor(half, "shaped like gate_up with a last dimension of ", whole.size[last] / 2, "");
     check_float(half);
 }
 
