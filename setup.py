@@ -242,6 +242,10 @@ class BuildExtension(build_ext):
         if isa:
             isa_flags, vector_bytes = ISAS[isa]
             flags += isa_flags
+            if ("BLIP3O_X86", "1") in macros:
+                # GCC 12 moves words through MMX registers and leaves the x87 unit unusable: the next call that uses it
+                # (LAPACK's in scipy, say) gets NaN.
+                flags.append("-mno-mmx")
             macros += [("BLIP3O_ISA", isa), ("BLIP3O_VECTOR_BYTES", str(vector_bytes))]
         output = Path(self.build_temp, folder or isa)
         target = output / Path(source).with_suffix(".o")

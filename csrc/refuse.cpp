@@ -15,4 +15,6 @@ void refuse_tensor(const View& view, const char* before, int64_t number, const c
     refuse(view, before + std::to_string(number) + after);
 }
 
+void refuse_shape(const View& view, const View& wanted) { refuse(view, "of shape " + shape_text(wanted)); }
+
 }  // namespace blip3o_fast

@@ -14,4 +14,7 @@ namespace blip3o_fast {
 [[noreturn]] void refuse_tensor(const View& view, const char* needed);
 [[noreturn]] void refuse_tensor(const View& view, const char* before, int64_t number, const char* after);
 
+// refuse(view, "of shape <wanted's>")
+[[noreturn]] void refuse_shape(const View& view, const View& wanted);
+
 }  // namespace blip3o_fast

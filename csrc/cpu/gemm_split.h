@@ -35,7 +35,12 @@ struct GemmSplit {
 };
 
 // Blocks of equal size, so that the last is no stub.
-inline int64_t block_steps(int64_t steps) { return ceil_div(steps, ceil_div(steps, kBlockSteps)); }
+// A short sum is cut too: its error grows with the length of its chains, and those of separate products are short.
+inline int64_t block_steps(int64_t steps) {
+    const int64_t quarter = ceil_div(steps, 4), least = 64;
+    const int64_t longest = quarter < least ? least : quarter < kBlockSteps ? quarter : kBlockSteps;
+    return ceil_div(steps, ceil_div(steps, longest));
+}
 
 }  // namespace BLIP3O_ISA
 }  // namespace blip3o_fast

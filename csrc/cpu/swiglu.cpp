@@ -21,7 +21,11 @@ void check(const View& half, const View& whole) {
     if (whole.size[last] % 2 != 0) refuse_tensor(whole, "of an even last dimension");
     bool same = half.rank == whole.rank && half.size[last] == whole.size[last] / 2;
     for (int i = 0; i < last && same; ++i) same = half.size[i] == whole.size[i];
-    if (!same) refuse_tensor(half, "shaped like gate_up with a last dimension of ", whole.size[last] / 2, "");
+    if (!same) {
+        View wanted = whole;
+        wanted.size[last] /= 2;
+        refuse_shape(half, wanted);
+    }
     check_float(half);
 }
 
