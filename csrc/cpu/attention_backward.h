@@ -1,7 +1,8 @@
-// The backward of one attention, a block of query rows at a time: its formulas stand in blip3o_fast/ops/flash_attention.py.
+// The backward of one attention, a block of query rows at a time. Its formulas stand in
+// blip3o_fast/ops/flash_attention.py.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_softmax.h"
 
 namespace blip3o_fast {
 namespace BLIP3O_ISA {
@@ -44,52 +45,41 @@ public:
         double sum = 0;
         for (int64_t first = 0; first < queries; first += rows_) {
             const int64_t rows = smaller(rows_, queries - first);
-            load_rows(q, first, rows, dim_, scale, q_);
+            load_rows(q, first, rows, dim_, sign_of(scale), q_);
             load_rows(dout, first, rows, dim_, 1.0f, dout_);
-            sum += add_block(rows, weight);
+            sum += add_block(rows, std::fabs(scale), weight);
             for (int64_t r = 0; r < rows; ++r) store_scaled(dq, first + r, dim_, scale, dq_ + r * width_);
         }
         return sum;
     }
 
-    // Zero for the tokens that the mask hides.
-    void store(const HeadRows& dkeys, const HeadRows& dvalues) {
+    // Zero for the tokens that the mask hides. scale: the one of all rows that were added.
+    void store(float scale, const HeadRows& dkeys, const HeadRows& dvalues) {
         std::memset(buffer_, 0, static_cast<size_t>(dim_) * sizeof(float));
         for (int64_t t = 0, i = 0; t < tokens_; ++t) {
             const bool shown = i < visible_.count() && visible_.token(i) == t;
-            store_row(*dkeys.view, dkeys.at(t), dim_, shown ? dkeys_ + i * width_ : buffer_);
+            store_scaled(dkeys, t, dim_, std::fabs(scale), shown ? dkeys_ + i * width_ : buffer_);
             store_row(*dvalues.view, dvalues.at(t), dim_, shown ? dvalues_ + i * width_ : buffer_);
             i += shown;
         }
     }
 
 private:
-    // dq_ still lacks the scale; dkeys_ has it from q_.
-    double add_block(int64_t rows, float weight) {
+    // scale >= 0. Leaves dq_ without the scale, and dkeys_ with no more of it than the sign that q_ has.
+    double add_block(int64_t rows, float scale, float weight) {
         const int64_t count = visible_.count(), across = score_width(count), stride = score_stride(count);
         double sum = 0;
         if (count > 0) {
             product(rows, dim_, across, q_, width_, 1, transposed_panels(keys_across_, dim_), p_, stride, false);
             product(rows, dim_, across, dout_, width_, 1, transposed_panels(values_across_, dim_), ds_, stride, false);
-            for (int64_t r = 0; r < rows; ++r) sum += row_backward(p_ + r * stride, ds_ + r * stride, weight);
+            for (int64_t r = 0; r < rows; r += kLanes) {
+                float *p = p_ + r * stride, *ds = ds_ + r * stride;
+                sum += scores_backward(p, ds, smaller(kLanes, rows - r), count, scale, weight);
+            }
         }
         product(rows, count, width_, ds_, stride, 1, row_panels(keys_, dim_), dq_, width_, false);
         product(count, rows, width_, ds_, 1, stride, row_panels(q_, dim_), dkeys_, width_, true);
         product(count, rows, width_, p_, 1, stride, row_panels(dout_, dim_), dvalues_, width_, true);
-        return sum;
-    }
-
-    // A row of scores and one of dP become weight * P and weight * P * (dP - sum(P * dP)); returns that sum.
-    double row_backward(float* p, float* ds, float weight) const {
-        const int64_t width = score_width(visible_.count());
-        const float inverse = exponentials(p, visible_.count());
-        const double sum = inverse * sum_over_row(width, [=](int64_t i) { return p[i] * ds[i]; });
-        const float mean = static_cast<float>(sum), factor = weight * inverse;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            p[i] *= factor;
-            ds[i] = p[i] * (ds[i] - mean);
-        }
         return sum;
     }
 

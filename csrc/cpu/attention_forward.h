@@ -1,7 +1,7 @@
 // The forward of one attention, a block of query rows at a time.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_softmax.h"
 
 namespace blip3o_fast {
 namespace BLIP3O_ISA {
@@ -31,11 +31,13 @@ public:
     // Query rows first .. first + rows - 1: softmax(q k^T * scale) v, zero without keys.
     void attend(const HeadRows& queries, int64_t first, int64_t rows, float scale) {
         const int64_t count = visible_.count(), stride = score_stride(count);
-        load_rows(queries, first, rows, dim_, scale, q_);
+        load_rows(queries, first, rows, dim_, sign_of(scale), q_);
         if (count > 0)
-            product(rows, dim_, score_width(count), q_, width_, 1, transposed_panels(keys_, dim_), scores_, stride, false);
-        for (int64_t r = 0; r < rows; ++r)
-            inverse_[r] = count > 0 ? exponentials(scores_ + r * stride, count) : 0.0f;
+            product(rows, dim_, score_width(count), q_, width_, 1, transposed_panels(keys_, dim_), scores_, stride,
+                    false);
+        for (int64_t r = 0; r < rows && count > 0; r += kLanes)
+            exponentials(scores_ + r * stride, smaller(kLanes, rows - r), count, std::fabs(scale), inverse_ + r);
+        if (count == 0) std::memset(inverse_, 0, static_cast<size_t>(rows) * sizeof(float));
         product(rows, count, width_, scores_, stride, 1, row_panels(values_, dim_), result_, width_, false);
     }
 

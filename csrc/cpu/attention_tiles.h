@@ -1,8 +1,7 @@
-// What the attention kernels share: rows of heads as operands of fp32 products, whole-row softmax, and the gradients of
-// one attention, a block of query rows at a time. Only a block's scores exist at any time.
+// What the attention kernels share: rows of heads as operands of fp32 products. Queries are taken a block of rows at a
+// time, and only a block's scores exist at any time.
 #pragma once
 
-#include "math.h"
 #include "reduce.h"
 #include "rows.h"
 #include "tile.h"
@@ -12,7 +11,8 @@ namespace blip3o_fast {
 namespace BLIP3O_ISA {
 
 constexpr int64_t kBlockRows = 64;
-// Steps along the inner dimension that one chain of additions takes: bounds its rounding, and 128 rows of a panel fit L1.
+// Steps along the inner dimension that one chain of additions takes: bounds its rounding, and 128 rows of a panel fit
+// L1.
 constexpr int64_t kChain = 128;
 static_assert(sum_lanes % kPanelColumns == 0, "rows of scores are whole panels and whole groups of lanes");
 
@@ -28,7 +28,7 @@ inline int64_t block_rows(int64_t rows, int64_t keys) {
     return smaller(smaller(rows, kBlockRows), fitting < kTileRows ? kTileRows : fitting);
 }
 
-// Hands out pieces of a thread's scratch; without a base it only counts, so that one function both measures and divides.
+// Hands out pieces of a thread's scratch; without a base it only counts, so that one function measures and divides.
 class Pieces {
 public:
     explicit Pieces(float* base = nullptr) : base_(base) {}
@@ -86,6 +86,9 @@ private:
     int64_t count_ = 0;
     bool all_ = true;
 };
+
+// Queries are negated where the scale is negative, so that the largest product is the largest score.
+inline float sign_of(float scale) { return scale < 0 ? -1.0f : 1.0f; }
 
 // The right operand of a product: panels of kPanelColumns columns.
 struct Panels {
@@ -147,33 +150,6 @@ inline void product(int64_t rows, int64_t steps, int64_t columns, const float* a
             step += kChain;
         } while (step < steps);
     }
-}
-
-// ---- softmax --------------------------------------------------------------------------------------------------------
-
-inline float row_maximum(const float* row, int64_t width) {
-    float lanes[sum_lanes];
-    for (int j = 0; j < sum_lanes; ++j) lanes[j] = row[j];
-    for (int64_t i = sum_lanes; i < width; i += sum_lanes) {
-#pragma omp simd
-        for (int j = 0; j < sum_lanes; ++j) lanes[j] = row[i + j] > lanes[j] ? row[i + j] : lanes[j];
-    }
-    for (int half = sum_lanes / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-    return lanes[0];
-}
-
-// A row of scores becomes exp(score - largest), at most 2^-126 behind the last of `keys` >= 1; returns 1 / their sum.
-inline float exponentials(float* row, int64_t keys) {
-    const int64_t width = score_width(keys);
-    for (int64_t i = keys; i < width; ++i) row[i] = -3.4e38f;
-    const float largest = row_maximum(row, width);
-    const double sum = sum_over_row(width, [=](int64_t i) {
-        const float e = exp_f(row[i] - largest);
-        row[i] = e;
-        return e;
-    });
-    return static_cast<float>(1.0 / sum);
 }
 
 }  // namespace BLIP3O_ISA

@@ -112,7 +112,8 @@ void dual_attention_bwd(const Run& run, const View& dout, const View& qkq, const
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
                 gradient.add(head_rows(qkq, b, head), flat_head_rows(dout, b, head, n.dim), n.tokens,
                              static_cast<float>(scale), 1.0f, head_rows(dqkq, b, head));
-            gradient.store(head_rows(dqkq, b, n.heads + key_head), head_rows(dv1, b, key_head));
+            gradient.store(static_cast<float>(scale), head_rows(dqkq, b, n.heads + key_head),
+                           head_rows(dv1, b, key_head));
 
             gradient.load(head_rows(k2, b, key_head), head_rows(v2, b, key_head), mask, b, n.context);
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
@@ -121,7 +122,7 @@ void dual_attention_bwd(const Run& run, const View& dout, const View& qkq, const
                                                 gate_of(gate, head), head_rows(dqkq, b, second + head));
                 sums.of(0)[b * n.heads + head] = static_cast<float>(sum);
             }
-            gradient.store(head_rows(dk2, b, key_head), head_rows(dv2, b, key_head));
+            gradient.store(n.cross_scale(), head_rows(dk2, b, key_head), head_rows(dv2, b, key_head));
         }
     });
     for (int64_t head = 0; head < n.heads; ++head) {

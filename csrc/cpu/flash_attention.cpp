@@ -81,7 +81,7 @@ void flash_attention_bwd(const Run& run, const View& dout, const View& q, const 
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
                 gradient.add(head_rows(q, b, head), head_rows(dout, b, head), n.queries, static_cast<float>(scale),
                              1.0f, head_rows(dq, b, head));
-            gradient.store(head_rows(dk, b, key_head), head_rows(dv, b, key_head));
+            gradient.store(static_cast<float>(scale), head_rows(dk, b, key_head), head_rows(dv, b, key_head));
         }
     });
 }

@@ -2,17 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "tile.h"
 
 namespace blip3o_fast {
 namespace BLIP3O_ISA {
 
-// Words of any type: floats are moved as they are.
-typedef uint32_t WordInMemory __attribute__((may_alias));
-
+// A word of any type: floats are moved as they are. A copy, because a cast from uint32_t* to a may_alias type is none.
 inline uint32_t word_at(const uint32_t* column, int64_t step) {
-    return reinterpret_cast<const WordInMemory*>(column)[step];
+    uint32_t word;
+    std::memcpy(&word, reinterpret_cast<const char*>(column) + 4 * step, 4);
+    return word;
 }
 
 // out[step * kPanelColumns + i] = columns[i][step] for i < kLanes and kLanes steps

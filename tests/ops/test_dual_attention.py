@@ -1,5 +1,6 @@
 """dual_attention against diffusers' attention modules and PyTorch's attention, in fp64 and by the numerics contract."""
 
+import functools
 import importlib
 import itertools
 
@@ -10,9 +11,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.cases import sum_violation
+from blip3o_fast import _ext
 from blip3o_fast.kernels._attention_tiles import attention_config
 from blip3o_fast.kernels._launch import assumed_capability, recording
-from blip3o_fast.ops import dual_attention, dual_attention_ref, qk_norm_rope, rope_table, use_attention, use_backend
+from blip3o_fast.ops import (
+    _cpu,
+    dual_attention,
+    dual_attention_ref,
+    qk_norm_rope,
+    rope_table,
+    use_attention,
+    use_backend,
+)
 from blip3o_fast.testing import assert_contract
 
 OP = importlib.import_module("blip3o_fast.ops.dual_attention")  # the module: the package's name is the function
@@ -27,17 +37,21 @@ SHAPES = [(2, 64, 64, 4, 4, 64), (1, 6, 77, 6, 2, 72), (3, 1, 257, 3, 1, 20), (2
 NAMES = ("y", "dqkq", "dv1", "dk2", "dv2", "dgate")
 
 
+CPU = [f"cpu-{isa}" for isa in _cpu.ISAS or ("auto",)]
 TILE_KERNELS = ["dual_attention_tile_fwd", "dual_attention_tile_bwd", "dual_attention_bwd_gate"]
 LOOP_KERNELS = [
     "dual_attention_fwd", "dual_attention_bwd_queries", "dual_attention_bwd_keys", "dual_attention_bwd_gate"
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["reference", "sdpa", "triton", "cuda"])
+@pytest.fixture(params=["reference", "sdpa", "triton", "cuda", *CPU])
 def implementation(request):
-    """Run the test once with each implementation that works here."""
-    with use_attention("sdpa") if request.param == "sdpa" else use_backend(request.param):
-        yield request.param
+    """Run the test once with each implementation that works here, the kernels of csrc with each instruction set."""
+    name, _, isa = request.param.partition("-")
+    if name == "cpu" and _ext.C is None:
+        pytest.skip(_ext.ERROR)
+    with use_attention("sdpa") if name == "sdpa" else use_backend(name), _cpu.use_isa(isa or "auto"):
+        yield name
 
 
 def inputs(shape, dtypes=(torch.float32,) * 5) -> list[Tensor]:
@@ -364,6 +378,44 @@ def ours_stock_gold(backend: str, shape, dtypes, masked: bool, gate: Tensor | No
         ours = run(dual_attention, args, dy, **settings)
     gold = run(dual_attention_ref, [a.double() for a in args], dy.double(), **settings)
     return ours, run(eager, args, dy, **settings), gold
+
+
+# ---- cpu: what only its kernels have ---------------------------------------------------------------------------------
+
+
+def test_cpu_kernels_are_called(cpu_calls):
+    shape = (1, 2, 3, 2, 1, 4)
+    run(dual_attention, inputs(shape), upstream(shape))
+    assert cpu_calls == ["dual_attention_fwd", "dual_attention_bwd"]
+
+
+def test_threads_change_no_bit(threads_agree):
+    """Several blocks of rows, samples and groups of heads, which the threads share out in other ways each time."""
+    shape = (3, 130, 37, 4, 2, 8)
+    named = dict(zip(("qkq", "v1", "k2", "v2", "gate"), inputs(shape), strict=True))
+    for mask in (None, some_seen(3, 37)):
+        threads_agree(functools.partial(dual_attention, mask=mask), named, upstream(shape))
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize(("shape", "scale"), [((2, 130, 300, 2, 1, 24), -0.3), ((1, 40, 4100, 1, 1, 8), None)], ids=str)
+def test_cpu_lengths(implementation, shape, scale):
+    """Several blocks of query rows, also smaller ones; several chains of additions along the keys."""
+    check_contract(inputs(shape), upstream(shape), mask=some_seen(shape[0], shape[2]), scale=scale)
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize(("tokens", "context"), [(1, 5), (5, 1), (1, 1)])
+def test_cpu_with_one_key(implementation, tokens, context):
+    """As `test_triton_with_one_key`."""
+    shape = (2, tokens, context, 2, 1, 8)
+    args, dy = inputs(shape), upstream(shape)
+    ours = run(dual_attention, args, dy)
+    zeros = [ours["dqkq"][:, :, :3]] if tokens == 1 else []
+    zeros += [ours["dqkq"][:, :, 3:], ours["dk2"]] if context == 1 else []
+    for value in zeros:
+        assert torch.equal(value, torch.zeros_like(value))
+    check_contract(args, dy, ours)
 
 
 # ---- triton: every path of its kernels, each told by the kernels that were launched ---------------------------------

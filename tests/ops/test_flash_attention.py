@@ -1,5 +1,6 @@
 """flash_attention against PyTorch's scaled_dot_product_attention, in fp64 and by the numerics contract."""
 
+import functools
 import importlib
 import itertools
 
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blip3o_fast import _ext
 from blip3o_fast.kernels._attention_tiles import attention_config
 from blip3o_fast.kernels._launch import assumed_capability, recording
-from blip3o_fast.ops import flash_attention, flash_attention_ref, use_attention, use_backend
+from blip3o_fast.ops import _cpu, flash_attention, flash_attention_ref, use_attention, use_backend
 from blip3o_fast.testing import assert_contract
 
 OP = importlib.import_module("blip3o_fast.ops.flash_attention")  # the module: the package's name is the function
@@ -24,15 +26,19 @@ SHAPES = [(2, 64, 64, 4, 4, 64), (1, 5, 77, 6, 2, 72), (3, 1, 257, 3, 1, 20), (2
 NAMES = ("y", "dq", "dk", "dv")
 
 
+CPU = [f"cpu-{isa}" for isa in _cpu.ISAS or ("auto",)]
 TILE_KERNELS = ["flash_attention_tile_fwd", "flash_attention_tile_bwd"]
 LOOP_KERNELS = ["flash_attention_fwd", "flash_attention_bwd_queries", "flash_attention_bwd_keys"]
 
 
-@pytest.fixture(params=["reference", "sdpa", "triton"])
+@pytest.fixture(params=["reference", "sdpa", "triton", *CPU])
 def implementation(request):
-    """Run the test once with each implementation that works here."""
-    with use_attention("sdpa") if request.param == "sdpa" else use_backend(request.param):
-        yield request.param
+    """Run the test once with each implementation that works here, the kernels of csrc with each instruction set."""
+    name, _, isa = request.param.partition("-")
+    if name == "cpu" and _ext.C is None:
+        pytest.skip(_ext.ERROR)
+    with use_attention("sdpa") if name == "sdpa" else use_backend(name), _cpu.use_isa(isa or "auto"):
+        yield name
 
 
 def inputs(shape, dtypes=(torch.float32,) * 3) -> list[Tensor]:
@@ -293,6 +299,69 @@ def test_every_combination_of_needed_gradients(implementation):
             y.backward(dy)
         for leaf, name in zip(leaves, NAMES[1:], strict=True):
             assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, full[name])
+
+
+# ---- cpu: what only its kernels have ---------------------------------------------------------------------------------
+
+
+def test_cpu_kernels_are_called(cpu_calls):
+    run(flash_attention, inputs((1, 2, 3, 2, 1, 4)), torch.randn(1, 2, 2, 4))
+    assert cpu_calls == ["flash_attention_fwd", "flash_attention_bwd"]
+
+
+def test_threads_change_no_bit(threads_agree):
+    """Several blocks of rows, samples and groups of heads, which the threads share out in other ways each time."""
+    named = dict(zip("qkv", inputs((3, 130, 37, 4, 2, 8)), strict=True))
+    for mask in (None, some_seen(3, 37)):
+        threads_agree(functools.partial(flash_attention, mask=mask), named, torch.randn(3, 130, 4, 8))
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize("shape", [(2, 130, 300, 2, 1, 24), (1, 40, 4100, 1, 1, 8), (1, 3, 5, 1, 1, 300)], ids=str)
+def test_cpu_lengths(implementation, shape):
+    """Several blocks of query rows, also smaller ones; several chains of additions along keys and head."""
+    check_contract(inputs(shape), torch.randn(*shape[:2], shape[3], shape[5]), mask=some_seen(shape[0], shape[2]))
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_cpu_scales_that_do_not_keep_the_order(implementation, scale):
+    shape = (2, 9, 21, 4, 2, 16)
+    check_contract(inputs(shape), torch.randn(2, 9, 4, 16), scale=scale)
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_with_one_key(implementation, dtype):
+    """The softmax of one score is 1: dq and dk are zero and not the rounding of zero."""
+    args, dy = inputs((2, 70, 1, 2, 1, 8), (dtype,) * 3), torch.randn(2, 70, 2, 8).to(dtype)
+    ours = run(flash_attention, args, dy)
+    assert torch.equal(ours["y"], args[2].expand(2, 70, 2, 8))
+    for name in ("dq", "dk"):
+        assert torch.equal(ours[name], torch.zeros_like(ours[name])), name
+    check_contract(args, dy, ours)
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+def test_cpu_leaves_out_what_the_mask_hides(implementation):
+    """Whatever stands there, numbers or not."""
+    args, dy, mask = inputs((2, 5, 9, 4, 2, 8)), torch.randn(2, 5, 4, 8), some_seen(2, 9)
+    plain = run(flash_attention, args, dy, mask=mask)
+    for hidden in args[1:]:
+        hidden[~mask] = torch.nan
+    for name, value in run(flash_attention, args, dy, mask=mask).items():
+        assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+def test_cpu_keeps_nan(implementation):
+    """In the row, the head and the sample that have one, and nowhere else."""
+    q, k, v = inputs((2, 5, 9, 2, 1, 8))
+    q[1, 3, 1, 2] = torch.nan
+    y = flash_attention(q, k, v)
+    assert y[1, 3, 1].isnan().all() and y.isnan().sum() == 8
+    k[0, 4, 0, 0] = torch.nan
+    assert flash_attention(q, k, v)[0].isnan().all()
 
 
 # ---- triton: every path of its kernels, each told by the kernels that were launched ---------------------------------
