@@ -1,5 +1,5 @@
 // Sums over the rows of each sample, for the gradients of what a sample's rows share. Rows are summed in chunks, whose
-// sums meet in a second step: a number of chunks that follows from the shape alone, so that no bit depends on the threads.
+// sums meet in a second step: a number of chunks that follows from the shape alone, so that threads change no bit.
 #pragma once
 
 #include "parallel.h"

@@ -65,7 +65,7 @@ void swiglu_fwd(const Run& run, const View& gate_up, const View& y) {
         const float* b = load_row(gate_up, start + width * step, n, b_buffer);
         float* out = row_target(y, row * width + first, y_buffer);
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) out[i] = a[i] * sigmoid_f(a[i]) * b[i];
+        for (int64_t i = 0; i < n; ++i) out[i] = a[i] / (1.0f + exp_f(-a[i])) * b[i];
         store_row(y, row * width + first, n, out);
     });
 }
@@ -85,9 +85,9 @@ void swiglu_bwd(const Run& run, const View& dy, const View& gate_up, const View&
         float* db = row_target(dgate_up, target + width, buffers[4]);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-            const float s = sigmoid_f(a[i]);
-            da[i] = up[i] * b[i] * (s * (1.0f + a[i] * (1.0f - s)));
-            db[i] = up[i] * (a[i] * s);
+            const float divisor = 1.0f + exp_f(-a[i]), s = 1.0f / divisor;
+            da[i] = up[i] * b[i] * s * (1.0f + a[i] * (1.0f - s));
+            db[i] = up[i] * (a[i] / divisor);  // a * s would round once more
         }
         store_row(dgate_up, target, n, da);
         store_row(dgate_up, target + width, n, db);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip3o_fast import _ext
 from blip3o_fast.kernels._launch import recording
-from blip3o_fast.ops import gated_residual, gated_residual_ref, use_backend
+from blip3o_fast.ops import _cpu, gated_residual, gated_residual_ref, use_backend
 from blip3o_fast.testing import (
     assert_compiles_once,
     assert_contract,
@@ -110,6 +110,16 @@ def test_a_closed_gate_leaves_the_residual(backend):
         assert torch.equal(gated_residual(**named), named["x"])
 
 
+@pytest.mark.parametrize("isa", _cpu.ISAS)
+def test_tanh_over_all_of_fp32(isa):
+    """h is tanh(gate) where x = 0 and y = 1: subnormal numbers, infinities and NaN among a million bit patterns."""
+    gate = torch.arange(-(2**31), 2**31, 4099).to(torch.int32).view(torch.float32)
+    ones = torch.ones_like(gate)
+    with _cpu.use_isa(isa), use_backend("cpu"):
+        h = gated_residual(torch.zeros_like(gate)[None, None], ones[None, None], gate[None], ones, eps=0.0)[0, 0]
+    torch.testing.assert_close(h.double(), gate.double().tanh(), rtol=3 * 2**-23, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_inputs(backend, dtype):
     """Slices, every other row, transposed and expanded upstream gradients: read where they lie."""
@@ -143,9 +153,9 @@ def test_compile_does_not_recompile_per_batch(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_keeps_the_residual_dtype(dtype):
+def test_autocast_keeps_the_residual_dtype(backend, dtype):
     dtypes = (torch.float32, dtype, dtype, torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype), use_backend(backend):
         assert_op_contract(gated_residual, eager, gated_residual_ref, inputs((2, 8, 64), dtypes), torch.randn(2, 8, 64))
 
 

@@ -285,9 +285,9 @@ def test_compile_does_not_recompile_per_batch(backend):
 
 @SCALED
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_narrows_the_norm_alone(dtype, scaled):
+def test_autocast_narrows_the_norm_alone(backend, dtype, scaled):
     dtypes = (torch.float32, dtype, dtype, torch.float32, torch.float32, dtype)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype), use_backend(backend):
         assert_op_contract(
             gated_residual_modulate,
             eager,

@@ -139,9 +139,9 @@ def test_compile_does_not_recompile_per_batch(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, MIXED], ids=str)
-def test_autocast_returns_its_dtype(dtype, dtypes):
+def test_autocast_returns_its_dtype(backend, dtype, dtypes):
     named, dy = inputs((2, 8, 64), dtypes), torch.randn(2, 8, 64)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype), use_backend(backend):
         assert_op_contract(layer_norm_modulate, eager, layer_norm_modulate_ref, named, dy, dtypes=[dtype])
 
 
