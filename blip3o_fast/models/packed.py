@@ -6,7 +6,7 @@ from torch import Tensor
 
 from blip3o_fast.models import forward as fused
 from blip3o_fast.models.layout import projection_groups
-from blip3o_fast.ops import packed_linear
+from blip3o_fast.ops import _cpu, packed_linear
 from blip3o_fast.ops.packed_linear import PackedWeights
 
 
@@ -43,12 +43,15 @@ def _layers(block: Any) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def _readable(layer: Any) -> bool:
+    return fused.plain_linear(layer) and layer.weight.device.type == "cpu" and _cpu.refusal(layer.weight) is None
+
+
 def packable(block: Any) -> bool:
-    """Whether a block's weights may be read directly: no adapter, hook or replaced layer among them."""
+    """Whether a block's weights may be packed: on a CPU, no adapter, hook or replaced layer among them."""
     layers = _layers(block)
-    plain = all(fused.plain_linear(layer) for group in layers.values() for layer in group)
     return (
-        plain
+        all(_readable(layer) for group in layers.values() for layer in group)
         and fused.fusable(block)
         and all(layer.bias is None for name, group in layers.items() if name != "modulation" for layer in group)
     )
@@ -65,7 +68,6 @@ class PackedProjections:
         self._pack()
 
     def _pack(self) -> None:
-        self.layers = _layers(self.block)
         self.products = {
             name: PackedWeights(
                 [layer.weight for layer in group],
@@ -73,7 +75,7 @@ class PackedProjections:
                 storage="fp32" if (name, self.storage) == ("modulation", "int8") else self.storage,
                 swiglu=name == "gate_up",
             )
-            for name, group in self.layers.items()
+            for name, group in _layers(self.block).items()
         }
 
     def renew(self) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -243,3 +244,16 @@ def test_a_pack_for_other_panels_is_refused() -> None:
         packed = pack(w, F32)
     with use_isa(ISAS[0]), pytest.raises(ValueError, match="packed must be packed for panels"):
         _cpu.call("packed_linear", x, packed, b, torch.empty(4, 70))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", [F32, BF16, INT8])
+def test_leaves_the_x87_unit_usable(isa: str, mode: int) -> None:
+    """A kernel that moves words through MMX registers would turn the next sum of long doubles into NaN."""
+    x, w, _ = inputs(64, 200, 129, torch.float32)
+    third = numpy.longdouble(1) / numpy.longdouble(3)
+    with use_isa(isa):
+        packed = pack(w, mode)
+        assert third + third == 2 * third
+        multiply(x, packed, None, 200)
+        assert third + third == 2 * third

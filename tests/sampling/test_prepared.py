@@ -164,6 +164,19 @@ def test_follows_a_change(change):
 
 
 @needs_extension
+def test_follows_the_model_to_where_nothing_is_packed():
+    """fp64, and another device, of which meta stands for all: the kernels read memory of the CPU."""
+    model = make()
+    prepared, args = prepare(model), arguments(model)
+    model.double()
+    args = [a.double() for a in args]
+    with torch.no_grad():
+        assert torch.equal(prepared(*args), model(*args))
+    model.float().to("meta")
+    assert prepared._projections() == [None] * len(model.layers)
+
+
+@needs_extension
 def test_a_block_that_cannot_be_read_runs_itself():
     model = make()
     model.layers[0].attn1.to_q.register_forward_hook(lambda module, inputs, output: 2 * output)
