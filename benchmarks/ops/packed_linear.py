@@ -55,8 +55,8 @@ def work(rows: int, product: str, dtype: torch.dtype) -> Work:
     weight = (torch.randn(outer, inner, generator=generator) / inner**0.5).to(dtype)
 
     def inputs() -> Inputs:
-        x = torch.randn(rows, inner, generator=generator).to(dtype)
-        return Inputs((x,), {"x": x}, x)
+        x, dy = (torch.randn(rows, columns, generator=generator).to(dtype) for columns in (inner, outer))
+        return Inputs((x,), {"x": x}, dy)
 
     copies = math.ceil(2 * machine.cache_bytes() / weight.nbytes)
     makers: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {

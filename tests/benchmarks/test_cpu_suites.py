@@ -1,0 +1,67 @@
+"""The CPU engine's benchmarks with small sizes, without timing, and the goals that are read off their rows."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import cpu_block, cpu_goals, table
+from benchmarks.harness import Settings, measure
+from benchmarks.ops import packed_linear
+from benchmarks.work import Absent, Work
+from blip3o_fast import _ext
+from blip3o_fast.models import BLIP3oConfig
+
+needs_extension = pytest.mark.skipif(_ext.C is None, reason=_ext.ERROR or "built")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def status(work: Work) -> dict[str, str]:
+    return {row["provider"]: row["status"] for rows, _ in measure(work, Settings(timed=False)) for row in rows}
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_are_checked_in_every_storage(monkeypatch, dtype):
+    monkeypatch.setattr(packed_linear, "PRODUCTS", {"small": (48, 96)})
+    monkeypatch.setattr(packed_linear.machine, "cache_bytes", lambda: 1 << 16)
+    work = packed_linear.work(8, "small", dtype)
+    found = status(work)
+    assert set(found) == {"eager", "onednn", "bf16", "int8", *(["fp32"] if dtype == torch.float32 else [])}
+    assert all(value == "ok" for name, value in found.items() if name != "onednn")
+    wrong = dataclasses.replace(work, providers={**work.providers, "bf16": lambda x: 1.1 * work.providers["eager"](x)})
+    assert status(wrong)["bf16"] == "FAILED"
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_is_checked_in_every_storage(dtype):
+    work = cpu_block.work(2, dtype, BLIP3oConfig.preset("tiny"))
+    left_out = {name: Absent("takes long") for name in ("compile", "frozen")}
+    found = status(dataclasses.replace(work, providers={**work.providers, **left_out}))
+    assert {name for name, value in found.items() if value != "ok"} == set(left_out)
+    assert {"eager", "ours", "fp32", "bf16", "int8"} <= set(found)
+
+
+def row(suite: str, provider: str, speedup: float, **fields: object) -> dict[str, object]:
+    given = {"suite": suite, "provider": provider, "speedup": speedup, "mode": "forward", "status": "ok"}
+    return {**given, "median_s": 1e-3 / speedup, "gflops": 100.0, "detail": None, "case": {}, **fields}
+
+
+def test_goals_are_ratios_of_one_case():
+    case = {"dtype": "float32", "batch": 1}
+    rows = [row("cpu_block", name, gain, case=case) for name, gain in (("eager", 1), ("frozen", 2), ("fp32", 3.3))]
+    found = {goal.what: goal for goal in cpu_goals.goals(rows, {}, "avx512")}
+    assert found["block, float32, batch 1: fp32 over eager"].met is True
+    assert found["block, float32, batch 1: fp32 over frozen"].reached == pytest.approx(1.65)
+    assert found["block, float32, batch 4: fp32 over eager"].met is None
+    assert not list(cpu_goals.lines([row("swiglu", "ours", 3, case=case)], {}, "avx512"))
+    assert list(cpu_goals.lines(rows, {}, "avx512"))[-1] == "  2 of 2 reached"
+
+
+def test_more_than_the_ceiling_is_impossible():
+    limits = {"fma_gflops": 90.0, "bf16_gflops": 180.0}
+    cases = [{"dtype": "float32"}, {"dtype": "bfloat16"}]
+    rows = [row("packed_linear", name, 1, case=case) for case in cases for name in ("fp32", "int8")]
+    (claim,) = table.impossible(rows, limits)  # of the fp32 product alone: 8 bits have no ceiling
+    assert "float32" in claim and claim.endswith("fp32: 100.0 of 90.0 GFLOP/s")
