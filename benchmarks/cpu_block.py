@@ -16,8 +16,8 @@ from benchmarks import machine, model_block
 from benchmarks.work import Absent, Inputs, Values, Verdict, Work, error_bound
 from blip3o_fast import _ext
 from blip3o_fast.models import BLIP3oConfig
-from blip3o_fast.models.forward import block_forward
-from blip3o_fast.models.packed import PackedProjections, Workspace
+from blip3o_fast.models.packed import PackedBlock, run_blocks
+from blip3o_fast.models.workspace import Workspace
 from blip3o_fast.testing import contract_violation, relative_l2
 
 INT8_ERROR = 0.1  # relative L2 of a block with every large product in 8 bits
@@ -53,12 +53,11 @@ def packed(block: nn.Module, config: BLIP3oConfig, storage: str) -> Callable[...
     """Our block over packed weights, as `blip3o_fast.sampling.prepare` runs it."""
     if _ext.C is None:
         return Absent(_ext.ERROR)
-    grid, projections = model_block.make_grid(config, "cpu"), PackedProjections(block, storage, Workspace())
+    grid, packed_block = model_block.make_grid(config, "cpu"), PackedBlock(block, storage, Workspace())
 
     def run(x: Tensor, context: Tensor, temb: Tensor) -> Tensor:
-        projections.renew()
-        conditioning = nn.functional.silu(temb)
-        return block_forward(block, x, conditioning, context, grid, projections=projections)[0]
+        packed_block.renew()
+        return run_blocks([block], [packed_block], x, temb, context, grid, nn.functional.silu(temb), None)
 
     return run
 

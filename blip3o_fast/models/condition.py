@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from blip3o_fast.models import forward as fused
+from blip3o_fast.models.packed import PackedBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,20 +34,23 @@ def prepare(
     model: Any,
     encoder_hidden_states: Tensor,
     encoder_mask: Tensor | None,
-    projections: Sequence[Any] | None = None,
+    packed: Sequence[PackedBlock | None] | None = None,
 ) -> PreparedCondition:
     """encoder_hidden_states [B, L, E] and its mask, through everything that needs nothing else.
 
-    projections: per block, who computes its matrix products (None: the block itself).
+    packed: the blocks with their weights packed, None for one that runs by itself.
     """
     context = fused.project_context(model, encoder_hidden_states)
-    products = projections or [None] * len(model.layers)
+    packed = packed or [None] * len(model.layers)
     return PreparedCondition(
         context,
         fused.pool_context(context, encoder_mask),
         None if encoder_mask is None else encoder_mask.bool(),
-        tuple(
-            fused.context_key_value(block, context, product) if fused.fusable(block) else None
-            for block, product in zip(model.layers, products, strict=True)
-        ),
+        tuple(_key_value(*pair, context) for pair in zip(model.layers, packed, strict=True)),
     )
+
+
+def _key_value(layer: Any, packed: PackedBlock | None, context: Tensor) -> tuple[Tensor, Tensor] | None:
+    if packed is not None:
+        return packed.context_key_value(context)
+    return fused.context_key_value(layer, context) if fused.fusable(layer) else None

@@ -123,45 +123,15 @@ def _norm_weights(*norms: Any) -> tuple[tuple[Tensor | None, ...], tuple[Tensor 
     )
 
 
-def _qk_eps(attn: Any) -> float:
+def qk_eps(attn: Any) -> float:
     return 1e-5 if attn.norm_q is None else float(attn.norm_q.eps)
 
 
-class Projections:
-    """The matrix products of one block. Whoever has the weights in another form gives a block an object like this.
-
-    Each takes and returns [B, T, ...] (the modulation [B, ...]); what is returned is read before the next call.
-    """
-
-    def __init__(self, block: Any) -> None:
-        self.block = block
-        self.layers = projection_groups(block)
-
-    def modulation(self, conditioning: Tensor) -> Tensor:
-        """[B, 4 D] of silu(y) [B, A]."""
-        return self.block.norm1.linear(conditioning)
-
-    def queries_keys_value(self, normed: Tensor) -> Tensor:
-        """Columns q1, k1, q2, v1."""
-        return project(normed, self.layers[0])
-
-    def context_key_value(self, normed: Tensor) -> Tensor:
-        """Columns k2, v2."""
-        return project(normed, self.layers[1])
-
-    def attention_output(self, attended: Tensor) -> Tensor:
-        return project(attended, (self.block.attn2.to_out[0],))
-
-    def feed_forward(self, u: Tensor) -> Tensor:
-        return project(ops.swiglu(project(u, self.layers[2])), (self.block.feed_forward.linear_2,))
-
-
-def context_key_value(block: Any, context: Tensor, projections: Any = None) -> tuple[Tensor, Tensor]:
+def context_key_value(block: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     """k2 [B, L, K, d] (normed, never rotated) and v2 [B, L, K, d] of context [B, L, E']."""
     attn, head_dim = block.attn2, block.head_dim
-    projections = Projections(block) if projections is None else projections
     normed = ops.rms_norm_modulate(context, block.norm1_context.weight, eps=block.norm1_context.eps)
-    key_value = projections.context_key_value(normed)
+    key_value = project(normed, (attn.to_k, attn.to_v))
     width = key_value.shape[-1] // 2
     # split, not two slices: the backward joins the two gradients in one pass, where slices add two padded ones.
     key, value = key_value.split(width, dim=-1)
@@ -173,15 +143,14 @@ def context_key_value(block: Any, context: Tensor, projections: Any = None) -> t
         None,
         heads=(width // head_dim,),
         head_dim=head_dim,
-        eps=_qk_eps(attn),
+        eps=qk_eps(attn),
     )
     return key, value.unflatten(-1, (-1, head_dim))
 
 
-def modulate(block: Any, conditioning: Tensor, projections: Any = None) -> tuple[Tensor, ...]:
+def modulate(block: Any, conditioning: Tensor) -> tuple[Tensor, ...]:
     """scale_msa, gate_msa, scale_mlp, gate_mlp, each a strided [B, D] of one [B, 4 D]. conditioning = silu(y)."""
-    projections = Projections(block) if projections is None else projections
-    return projections.modulation(conditioning).chunk(4, dim=1)
+    return block.norm1.linear(conditioning).chunk(4, dim=1)
 
 
 def block_forward(
@@ -196,24 +165,23 @@ def block_forward(
     following: Any = None,
     following_modulation: tuple[Tensor, ...] | None = None,
     key_value: tuple[Tensor, Tensor] | None = None,
-    projections: Any = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """One block: h [B, T, D], conditioning = silu(y) [B, A], context [B, L, E'].
 
     normed and modulation: this block's first norm and its modulation where the block before has made them.
     following: the next block, if its first norm is to be made here; following_modulation: its modulation where it was
     made before. Returns (h, its normed, its modulation).
-    key_value: `context_key_value(block, context)` where it was made before. projections: instead of the block's own.
+    key_value: `context_key_value(block, context)` where it was made before.
     """
     attn1, attn2, head_dim = block.attn1, block.attn2, block.head_dim
-    projections = Projections(block) if projections is None else projections
     if modulation is None:
-        modulation = modulate(block, conditioning, projections)
+        modulation = modulate(block, conditioning)
     scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
     if normed is None:
         normed = ops.rms_norm_modulate(h, block.norm1.norm.weight, scale_msa, eps=block.norm1.norm.eps)
+    qkqv_layers, _, ffn_layers = projection_groups(block)
 
-    projected = projections.queries_keys_value(normed)
+    projected = project(normed, qkqv_layers)
     # Columns q1, k1, q2, v1, of H, K, H and K heads.
     heads = block.gate.shape[0]
     kv_heads = projected.shape[-1] // (2 * head_dim) - heads
@@ -226,18 +194,18 @@ def block_forward(
         grid.rope,
         heads=(heads, kv_heads, heads),
         head_dim=head_dim,
-        eps=_qk_eps(attn1),
+        eps=qk_eps(attn1),
     )
     v1 = value.unflatten(-1, (kv_heads, head_dim))
-    k2, v2 = context_key_value(block, context, projections) if key_value is None else key_value
+    k2, v2 = context_key_value(block, context) if key_value is None else key_value
     attended = ops.dual_attention(qkq, v1, k2, v2, block.gate, scale=grid.self_scale(head_dim), mask=grid.mask)
-    out = projections.attention_output(attended)
+    out = project(attended, (attn2.to_out[0],))
 
     # The ops take one eps for both norms they make; every RMSNorm of the network has the config's.
     h, u = ops.gated_residual_modulate(
         h, out, gate_msa, block.norm2.weight, block.ffn_norm1.weight, scale_mlp, eps=block.norm2.eps
     )
-    forwarded = projections.feed_forward(u)
+    forwarded = project(ops.swiglu(project(u, ffn_layers)), (block.feed_forward.linear_2,))
     if following is None:
         h = ops.gated_residual(h, forwarded, gate_mlp, block.ffn_norm2.weight, eps=block.ffn_norm2.eps)
         return h, None, None

@@ -115,15 +115,12 @@ class NextDiTBlock(nn.Module):
         modulation: tuple[Tensor, ...] | None = None,
         following: "NextDiTBlock | None" = None,
         key_value: tuple[Tensor, Tensor] | None = None,
-        projections: Any = None,
-        following_modulation: tuple[Tensor, ...] | None = None,
     ) -> Any:
         """hidden_states [B, T, D], y [B, A], context [B, L, E'] -> [B, T, D].
 
         conditioning is silu(y). With `following` (the next block, where it lets its first norm be made here) the
         result is (hidden_states, its normed, its modulation), to be handed to it. key_value: this block's
-        cross-attention keys and values, where they were made before (`PreparedCondition`). projections: who computes
-        its matrix products, None for itself; following_modulation: the next block's, where it was made before.
+        cross-attention keys and values, where they were made before (`PreparedCondition`).
         """
         if not fused.fusable(self):
             return fused.unfused_block(self, hidden_states, y, context, grid)
@@ -138,9 +135,7 @@ class NextDiTBlock(nn.Module):
             normed=normed,
             modulation=modulation,
             following=following,
-            following_modulation=following_modulation,
             key_value=key_value,
-            projections=projections,
         )
         return result[0] if following is None else result
 

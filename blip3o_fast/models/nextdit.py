@@ -17,6 +17,7 @@ from blip3o_fast.models.initialise import initialise
 from blip3o_fast.models.layout import lay_out
 from blip3o_fast.models.memory import memory_bytes
 from blip3o_fast.models.modules import Head, NextDiTBlock, PatchEmbedder, TimeContextEmbedding, TwoLinear
+from blip3o_fast.models.packed import PackedBlock, run_blocks
 from blip3o_fast.models.patches import from_tokens, to_image, to_patches
 from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
 
@@ -121,9 +122,9 @@ class BLIP3oDiT(
         *,
         base_sequence_length: int | None = None,
         image_rotary_emb: Tensor | None = None,
-        projections: Sequence[Any] | None = None,
+        packed: Sequence[PackedBlock | None] | None = None,
     ) -> Tensor:
-        """`forward`. projections: per block, who computes its matrix products (None: the block itself)."""
+        """`forward`. packed: the blocks with their weights packed, None for one that runs by itself; no gradients."""
         config = self.config
         inputs.check_tensors(hidden_states=hidden_states, timestep=timestep)
         image, as_tokens = to_image(hidden_states, config)
@@ -155,7 +156,10 @@ class BLIP3oDiT(
         y = fused.embed_condition(self, timestep.expand(batch), pooled)
         conditioning = nn.functional.silu(y)
         grid = fused.Grid(rope, mask, base_sequence_length)
-        h = self._run_blocks(h, y, context, grid, conditioning, keys_values, projections)
+        if packed is not None and any(packed):
+            h = run_blocks(self.layers, packed, h, y, context, grid, conditioning, keys_values)
+        else:
+            h = self._run_blocks(h, y, context, grid, conditioning, keys_values)
         return from_tokens(fused.head(self, h, conditioning), config, rows, columns, as_tokens=as_tokens)
 
     def prepare_condition(self, encoder_hidden_states: Tensor, encoder_mask: Tensor | None = None) -> PreparedCondition:
@@ -177,22 +181,17 @@ class BLIP3oDiT(
         grid: fused.Grid,
         conditioning: Tensor,
         keys_values: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
-        projections: Sequence[Any] | None = None,
     ) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             for layer in self.layers:
                 h = checkpoint(layer, h, y, context, grid, conditioning, use_reentrant=False, **self._checkpoint_kwargs)
             return h
-        layers, products = self.layers, projections or [None] * len(self.layers)
+        layers = self.layers
         open_to_carry = [fused.carries(layer, NextDiTBlock) for layer in layers]
         normed = modulation = None
         for i, layer in enumerate(layers):
             made: dict[str, Any] = {} if keys_values is None else {"key_value": keys_values[i]}
-            if products[i] is not None:
-                made["projections"] = products[i]
             if i + 1 < len(layers) and open_to_carry[i] and open_to_carry[i + 1]:
-                if products[i + 1] is not None:
-                    made["following_modulation"] = fused.modulate(layers[i + 1], conditioning, products[i + 1])
                 h, normed, modulation = layer(
                     h, y, context, grid, conditioning, normed, modulation, following=layers[i + 1], **made
                 )

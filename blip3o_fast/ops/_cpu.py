@@ -4,7 +4,7 @@ The extension holds every kernel once per instruction set. The best that the mac
 `use_isa` forces another, so that one machine can test all that it has.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISAS: tuple[str, ...] = (
     () if _ext.C is None else tuple(name for i, name in enumerate(_ext.C.isas) if _ext.C.runs_here(i))
 )
+_ISA_NUMBERS: dict[str, int] = {} if _ext.C is None else {name: i for i, name in enumerate(_ext.C.isas)}
 
 
 class use_isa(Switch):
@@ -64,12 +65,21 @@ def elementwise_refusal(x: Tensor, *others: Tensor | None) -> str | None:
     return "its cpu kernel takes at most 6 dimensions" if x.dim() > 6 else refusal(x, *others)
 
 
+# A tensor as the kernels take it: address, dtype, shape and strides.
+Described: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def describe(tensor: Tensor) -> Described:
+    """For `call`, where the same tensor goes to it often. It keeps nothing alive."""
+    return tensor.data_ptr(), CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
 def call(name: str, *args: Any) -> Any:
-    """Run the kernel `name` on torch's number of threads. Tensors are described, None and numbers go as they are.
+    """Run the kernel `name` on torch's number of threads. Tensors are described; what else is given goes as it is.
 
     Raises ValueError naming the argument that the kernel refuses.
     """
-    isa = _ext.C.isas.index(active_isa())
+    isa = _ISA_NUMBERS[active_isa()]
     described = [
         (arg.data_ptr(), CODES[arg.dtype], arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg for arg in args
     ]

@@ -19,8 +19,9 @@ from torch import Tensor
 from blip3o_fast.models import BLIP3oDiT, inputs
 from blip3o_fast.models import condition as conditions
 from blip3o_fast.models.condition import PreparedCondition
-from blip3o_fast.models.packed import PackedProjections, Workspace, packable
-from blip3o_fast.ops import _cpu, use_backend
+from blip3o_fast.models.packed import PackedBlock, packable
+from blip3o_fast.models.workspace import Workspace
+from blip3o_fast.ops import _cpu, debug_ops, use_attention, use_backend
 from blip3o_fast.ops.packed_linear import STORAGE
 
 
@@ -35,11 +36,11 @@ class PreparedModel:
         self.model, self.storage = model, storage
         self._lock = threading.Lock()
         self._workspace = Workspace()
-        self._packed: list[PackedProjections | None] = [None] * len(model.layers)
+        self._packed: list[PackedBlock | None] = [None] * len(model.layers)
         if storage is not None:
             for i, block in enumerate(model.layers):
                 if packable(block):
-                    self._packed[i] = PackedProjections(block, storage, self._workspace)
+                    self._packed[i] = PackedBlock(block, storage, self._workspace)
 
     def __call__(
         self,
@@ -56,7 +57,7 @@ class PreparedModel:
                 timestep,
                 encoder_hidden_states,
                 encoder_mask,
-                projections=self._projections(),
+                packed=self._blocks(),
                 **options,
             )
 
@@ -66,7 +67,7 @@ class PreparedModel:
         batch = encoder_hidden_states.shape[0] if encoder_hidden_states.dim() else 0
         inputs.check_condition(self.model, batch, encoder_hidden_states, encoder_mask)
         with self._lock, torch.no_grad():
-            return conditions.prepare(self.model, encoder_hidden_states, encoder_mask, self._projections())
+            return conditions.prepare(self.model, encoder_hidden_states, encoder_mask, self._blocks())
 
     prepare_condition = condition  # so that `sample` takes it in the model's place
 
@@ -74,9 +75,9 @@ class PreparedModel:
         """The model's own: they say its dtype and device."""
         return self.model.parameters()
 
-    def _projections(self) -> list[PackedProjections | None] | None:
-        """Each block's packed weights as they are now; None where the backend asked for is another."""
-        if use_backend.active not in ("auto", "cpu"):
+    def _blocks(self) -> list[PackedBlock | None] | None:
+        """The blocks packed as they are now; None where another implementation is asked for."""
+        if use_backend.active not in ("auto", "cpu") or use_attention.active != "auto" or debug_ops.active:
             return None
         return [packed if packed is not None and packed.renew() else None for packed in self._packed]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from blip3o_fast import BLIP3oConfig, BLIP3oDiT, _ext, sample, use_backend
 from blip3o_fast.models import eager
 from blip3o_fast.models.forward import project_context
-from blip3o_fast.models.packed import PackedProjections, packable
+from blip3o_fast.models.packed import PackedBlock, packable
 from blip3o_fast.sampling import prepare
 from blip3o_fast.testing import relative_l2
 
@@ -59,7 +59,7 @@ def test_equals_the_model(kind):
         for given in (args, [*args, mask]):
             close(prepared(*given), model(*given))
     assert prepared.storage == "fp32" and prepared.nbytes > 0
-    assert all(isinstance(p, PackedProjections) for p in prepared._packed)
+    assert all(isinstance(p, PackedBlock) for p in prepared._packed)
 
 
 @needs_extension
@@ -77,10 +77,12 @@ def test_equals_the_eager_model_in_fp64():
 @pytest.mark.parametrize(("storage", "tolerance"), [("bf16", 1e-2), ("int8", 5e-2)])
 def test_smaller_storages_are_close(storage, tolerance):
     model = make()
-    prepared, args = prepare(model, storage=storage), arguments(model)
+    prepared, full, args = prepare(model, storage=storage), prepare(model), arguments(model)
+    assert prepared.nbytes < full.nbytes
     with torch.no_grad():
         close(prepared(*args), model(*args), tolerance)
-    assert prepared.nbytes < prepare(model).nbytes
+    full(*args)
+    assert prepared.nbytes < full.nbytes  # with a workspace as well
 
 
 @needs_extension
@@ -147,7 +149,13 @@ CHANGES = {
     "a bias of the modulation": lambda model: model.layers[0].norm1.linear.bias.data.add_(1),
     "a norm": lambda model: model.layers[0].norm2.weight.data.mul_(2),
     "an embedder": lambda model: model.patch_embedder.proj.weight.data.mul_(2),
+    "a norm's eps": lambda model: (
+        setattr(model.layers[1].ffn_norm1, "eps", 1.0) or setattr(model.layers[1].norm2, "eps", 1.0)
+    ),
+    "a new gate": lambda model: setattr(model.layers[1], "gate", nn.Parameter(torch.randn_like(model.layers[1].gate))),
     "a hook": lambda model: model.layers[0].attn1.to_v.register_forward_hook(lambda m, i, o: 2 * o),
+    "a hook of a block": lambda model: model.layers[0].register_forward_hook(lambda m, i, o: 2 * o),
+    "a forward of its own": lambda model: setattr(model.layers[1], "forward", lambda h, *args, **options: 2 * h),
 }
 
 
@@ -173,7 +181,7 @@ def test_follows_the_model_to_where_nothing_is_packed():
     with torch.no_grad():
         assert torch.equal(prepared(*args), model(*args))
     model.float().to("meta")
-    assert prepared._projections() == [None] * len(model.layers)
+    assert prepared._blocks() == [None] * len(model.layers)
 
 
 @needs_extension
@@ -185,6 +193,32 @@ def test_a_block_that_cannot_be_read_runs_itself():
     with torch.no_grad():
         close(prepared(*args), model(*args))
     assert prepared._packed[0] is None
+
+
+@needs_extension
+def test_what_a_hook_keeps_stays_as_it_was():
+    """Blocks hand over their results in a workspace, but not to whom may keep them."""
+    model, kept = make(num_layers=4), []
+    model.layers[2].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    model.layers[2].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    prepared, args = prepare(model), arguments(model)
+    prepared(*args)
+    copies = [tensor.clone() for tensor in kept]
+    prepared(*(a + 1 for a in args))
+    assert len(kept) == 4 and all(torch.equal(a, b) for a, b in zip(kept[:2], copies, strict=True))
+
+
+@needs_extension
+def test_options_and_grids_of_any_size():
+    model = make()
+    prepared = prepare(model)
+    _, t, context = arguments(model)
+    image = torch.randn(2, model.config.in_channels, 6, 4)
+    for given in ({}, {"base_sequence_length": 16}):
+        with torch.no_grad():
+            close(prepared(image, t, context, **given), model(image, t, context, **given))
+    empty = prepared(image[:0], t[:0], context[:0])
+    assert empty.shape == (0, *image.shape[1:])
 
 
 @needs_extension
