@@ -20,6 +20,7 @@
 #include "cpu/flash_attention.h"
 #include "cpu/rms_norm_modulate.h"
 #include "cpu/swiglu.h"
+#include "huge_pages.h"
 #include "isa.h"
 #include "parallel.h"
 #include "source_hash.h"
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("isas") = py::cast(names);
     m.def("runs_here", [](int isa) { return isa >= 0 && isa < isa_count && isa_runs_here(isa); });
     m.def("pool_name", &pool_name);
+    m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
     m.attr("signatures") = py::dict();
 
     BLIP3O_BIND(rms_norm_modulate_fwd, "x", "weight", "scale", "y", "rstd", "eps");

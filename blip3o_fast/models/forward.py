@@ -150,7 +150,7 @@ def context_key_value(block: Any, context: Tensor) -> tuple[Tensor, Tensor]:
 
 def modulate(block: Any, conditioning: Tensor) -> tuple[Tensor, ...]:
     """scale_msa, gate_msa, scale_mlp, gate_mlp, each a strided [B, D] of one [B, 4 D]. conditioning = silu(y)."""
-    return block.norm1.linear(conditioning).chunk(4, dim=1)
+    return project(conditioning, (block.norm1.linear,)).chunk(4, dim=1)
 
 
 def block_forward(
@@ -243,8 +243,8 @@ def project_context(model: Any, encoder_hidden_states: Tensor) -> Tensor:
     if not model.config.context_projection:
         return encoder_hidden_states
     projection = model.caption_projection
-    hidden = F.gelu(projection.linear_1(encoder_hidden_states), approximate="tanh")
-    return projection.linear_2(hidden)
+    hidden = F.gelu(project(encoder_hidden_states, (projection.linear_1,)), approximate="tanh")
+    return project(hidden, (projection.linear_2,))
 
 
 def pool_context(context: Tensor, mask: Tensor | None) -> Tensor:
@@ -270,4 +270,4 @@ def head(model: Any, h: Tensor, conditioning: Tensor) -> Tensor:
     """[B, T, D] to [B, T, patch_size^2 * out_channels]. conditioning = silu(y)."""
     norm_out = model.norm_out
     scale = norm_out.linear_1(conditioning.to(h.dtype))
-    return norm_out.linear_2(ops.layer_norm_modulate(h, scale, eps=norm_out.norm.eps))
+    return project(ops.layer_norm_modulate(h, scale, eps=norm_out.norm.eps), (norm_out.linear_2,))

@@ -84,3 +84,15 @@ def call(name: str, *args: Any) -> Any:
         (arg.data_ptr(), CODES[arg.dtype], arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg for arg in args
     ]
     return getattr(_ext.C, name)(isa, torch.get_num_threads(), *described)
+
+
+# The C library mostly keeps what is smaller for the next allocation, with its pages.
+_LARGE = 8 << 20
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """`torch.empty` on the CPU; what is large in pages of 2 MB, where Linux gives them."""
+    made = torch.empty(shape, dtype=dtype)
+    if made.nbytes > _LARGE:
+        _ext.C.advise_huge_pages(made.data_ptr(), made.nbytes)
+    return made

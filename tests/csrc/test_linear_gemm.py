@@ -11,8 +11,10 @@ from blip3o_fast.ops._cpu import ISAS, use_isa
 from blip3o_fast.testing import assert_contract
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# M, N, K: single elements, tails of rows, columns and K, odd K, more than one block of K, more than one chunk of rows
-SHAPES = [(1, 1, 1), (5, 7, 3), (64, 200, 129), (13, 130, 515), (7, 64, 600), (300, 96, 130), (1000, 70, 33)]
+# M, N, K: single elements, tails of rows, columns and K, odd K, more than one block of K, more than one chunk of rows;
+# the last three are tall: B is packed once for all chunks of rows, of one block of K or more
+SHAPES = [(1, 1, 1), (5, 7, 3), (64, 200, 129), (13, 130, 515), (7, 64, 600), (300, 96, 130), (500, 70, 33)]
+SHAPES += [(1000, 70, 33), (601, 130, 515), (1601, 64, 600)]
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ extension is not built")
 
@@ -70,7 +72,9 @@ def test_any_strides(isa: str, dtype: torch.dtype) -> None:
 def test_same_bits_for_any_number_of_threads(isa: str, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     try:
-        for (m, n, k), transposed in itertools.product([(7, 64, 600), (300, 96, 130), (64, 200, 129)], (False, True)):
+        for (m, n, k), transposed in itertools.product(
+            [(7, 64, 600), (300, 96, 130), (64, 200, 129), (1001, 70, 300)], (False, True)
+        ):
             a, b = matrix(m, k, dtype, transposed), matrix(k, n, dtype, not transposed)
             results = []
             for threads in (1, 2, 5):
@@ -84,9 +88,9 @@ def test_same_bits_for_any_number_of_threads(isa: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_do_not_depend_on_each_other(isa: str) -> None:
-    a, b = matrix(64, 300, torch.float32), matrix(300, 70, torch.float32)
+    a, b = matrix(700, 300, torch.float32), matrix(300, 70, torch.float32)
     whole = product(a, b, isa)
-    for first, last in ((0, 1), (3, 10), (58, 64)):
+    for first, last in ((0, 1), (3, 10), (58, 64), (100, 500), (699, 700)):
         assert torch.equal(product(a[first:last], b, isa), whole[first:last])
 
 

@@ -152,7 +152,8 @@ def test_adjacent_weights_are_not_copied(monkeypatch):
     seen = []
     real = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda x, w, b: seen.append(w) or real(x, w, b))
-    y = OURS(**named)
+    with use_backend("reference"):
+        y = OURS(**named)
     assert [w.data_ptr() for w in seen] == [named["w0"].data_ptr()]
     assert torch.equal(y, real(named["x"], torch.cat([named[f"w{i}"] for i in range(3)])))
 
@@ -258,12 +259,12 @@ def test_opcheck(backend, layout, dtype):
         torch.library.opcheck(OP._merged_linear_fwd, (x, weights, biases, dtype, backend))
         torch.library.opcheck(OP._merged_linear_fwd, (x, weights, [], dtype, backend))
         dy = torch.randn(2, 5, 16).to(dtype)
-        for need_x, need_weights, need_bias in (
-            (True, [True] * 3, True),
-            (False, [True, False, True], False),
-            (True, [False] * 3, True),
+        for need_x, need_weights, bias_dtype in (
+            (True, [True] * 3, torch.float32),
+            (False, [True, False, True], None),
+            (True, [False] * 3, dtype),
         ):
-            torch.library.opcheck(OP._merged_linear_bwd, (dy, x, weights, need_x, need_weights, need_bias, backend))
+            torch.library.opcheck(OP._merged_linear_bwd, (dy, x, weights, need_x, need_weights, bias_dtype, backend))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -383,13 +384,13 @@ def test_inference_mode_and_no_grad():
         assert not y.requires_grad and torch.equal(y, expected)
 
 
-def test_cpu_runs_the_products_of_many_rows(cpu_calls):
-    """Those of few rows stay with the vendor library: they read their weights once, and packing would do it twice."""
-    named = inputs((2, 32))
+def test_cpu_runs_all_products_but_of_one_row(cpu_calls):
+    """A matrix-vector product stays with the vendor library."""
+    named = inputs((2, 1))
     with_gradients(OURS, named, upstream_of(named))
-    assert cpu_calls == ["linear", "linear"]  # 64 rows; the weight gradient has 16
+    assert cpu_calls == ["linear"] * 3
     del cpu_calls[:]
-    named = inputs((1, 4), sizes=(64, 64))
+    named = inputs((1, 1), sizes=(64, 64))
     OURS(**named)
     assert cpu_calls == []
 
