@@ -15,6 +15,7 @@ from blip3o_fast.models import forward as fused
 from blip3o_fast.models.layout import projection_groups
 from blip3o_fast.models.workspace import Widths, Workspace
 from blip3o_fast.ops import _cpu
+from blip3o_fast.ops._library import recorded
 from blip3o_fast.ops.packed_linear import PackedWeights
 
 
@@ -255,7 +256,7 @@ def run_blocks(
         grid.self_scale(first.widths.head_dim),
     )
     modulation = None
-    with torch.profiler.record_function("blip3o_fast.packed_blocks"):
+    with recorded("packed_blocks"):
         for i, (layer, block) in enumerate(zip(layers, packed, strict=True)):
             key_value = None if keys_values is None else keys_values[i]
             if block is None:

@@ -5,6 +5,7 @@ An op is a pair of raw, functional torch ops (`<op>_fwd`, `<op>_bwd`) that know 
 `Library.define`/`impl` costs about a third of `register_autograd` per differentiable call.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,10 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
     torch._C.DispatchKey.AutocastCUDA
 )
 _DEVICE_KEYS = ("CPU", "CUDA", "MPS")
+
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NOT_RECORDED = contextlib.nullcontext()
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +53,36 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     for key in _DEVICE_KEYS:
         LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"blip3o_fast::{name}", shapes, lib=LIBRARY)
-    return getattr(torch.ops.blip3o_fast, name).default
+    op = getattr(torch.ops.blip3o_fast, name).default
+    _IMPLEMENTATIONS[op] = implementation
+    return op
+
+
+def run(op: Callable[..., Any], *args: Any) -> Any:
+    """Call a raw op whose first argument is a tensor and whose last is the backend.
+
+    The dispatcher takes as long as a small kernel of the cpu backend; where nobody looks on (no tracing, no dispatch
+    mode, no autocast, no profiler, no tensor subclass) that backend's implementation is called without it. No gradient
+    may be wanted of the arguments, which holds wherever raw ops are called from.
+    """
+    if (
+        args[-1] == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(args[0]) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._autograd._profiler_enabled()
+        and not _debug.debug_ops.active
+    ):
+        return _IMPLEMENTATIONS[op](*args)
+    return op(*args)
+
+
+def recorded(op: str) -> contextlib.AbstractContextManager[Any]:
+    """A range of the profiler that carries the op's name; nothing, and at no cost, where no profiler runs."""
+    if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
+        return _NOT_RECORDED
+    return torch.profiler.record_function(f"blip3o_fast.{op}")
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -35,8 +35,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 from blip3o_fast.ops.flash_attention import flash_attention_ref
 
@@ -287,12 +289,12 @@ class _DualAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(qkq, v1, k2, v2, gate, mask)
         ctx.scale, ctx.backend = scale, backend
-        return _dual_attention_fwd(qkq, v1, k2, v2, gate, mask, scale, dtype, backend)
+        return run(_dual_attention_fwd, qkq, v1, k2, v2, gate, mask, scale, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("dual_attention")
-        grads = _dual_attention_bwd(dout, *ctx.saved_tensors, ctx.scale, ctx.backend)
+        grads = run(_dual_attention_bwd, dout, *ctx.saved_tensors, ctx.scale, ctx.backend)
         return *grads, None, None, None, None
 
 
@@ -330,7 +332,7 @@ def dual_attention(
     )
     cross_scale = qkq.shape[-1] ** -0.5
     scale = cross_scale if scale is None else float(scale)
-    with torch.profiler.record_function("blip3o_fast.dual_attention"):
+    with recorded("dual_attention"):
         if backend == "sdpa":
             q1, k1, q2 = _split(qkq, v1.shape[2])
             own = _attention.sdpa(q1, k1, v1, scale, None, dtype)
@@ -339,4 +341,4 @@ def dual_attention(
             return (own + g * cross).flatten(2).to(dtype)
         if differentiable:
             return _DualAttention.apply(qkq, v1, k2, v2, gate, mask, scale, dtype, backend)
-        return _dual_attention_fwd(qkq, v1, k2, v2, gate, mask, scale, dtype, backend)
+        return run(_dual_attention_fwd, qkq, v1, k2, v2, gate, mask, scale, dtype, backend)

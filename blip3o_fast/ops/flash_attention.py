@@ -32,8 +32,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -197,12 +199,12 @@ class _FlashAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.backend = scale, backend
-        return _flash_attention_fwd(q, k, v, mask, scale, dtype, backend)
+        return run(_flash_attention_fwd, q, k, v, mask, scale, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("flash_attention")
-        dq, dk, dv = _flash_attention_bwd(dout, *ctx.saved_tensors, ctx.scale, ctx.backend)
+        dq, dk, dv = run(_flash_attention_bwd, dout, *ctx.saved_tensors, ctx.scale, ctx.backend)
         return dq, dk, dv, None, None, None, None
 
 
@@ -226,9 +228,9 @@ def flash_attention(
     dtype, differentiable = output_dtype(q), needs_grad(q, k, v)
     backend = _attention.choose(BACKENDS, q, k, v, mask, dtype=dtype, differentiable=differentiable)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.profiler.record_function("blip3o_fast.flash_attention"):
+    with recorded("flash_attention"):
         if backend == "sdpa":
             return _attention.sdpa(q, k, v, scale, mask, dtype).to(dtype)
         if differentiable:
             return _FlashAttention.apply(q, k, v, mask, scale, dtype, backend)
-        return _flash_attention_fwd(q, k, v, mask, scale, dtype, backend)
+        return run(_flash_attention_fwd, q, k, v, mask, scale, dtype, backend)

@@ -25,8 +25,10 @@ from blip3o_fast.ops._library import (
     accumulation_dtype,
     define,
     needs_grad,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 from blip3o_fast.ops._philox import normal_noise
 
@@ -279,13 +281,13 @@ class _FlowInterpolate(torch.autograd.Function):
         ctx.save_for_backward(sigma)
         ctx.noise_dtype = None if noise is None else noise.dtype
         ctx.settings = (sigma_min, sigma_max, schedule, backend)
-        return _flow_interpolate_fwd(data, sigma, noise, seed, *ctx.settings)
+        return run(_flow_interpolate_fwd, data, sigma, noise, seed, *ctx.settings)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("flow_interpolate")
         (sigma,) = ctx.saved_tensors
-        ddata, dnoise = _flow_interpolate_bwd(dy, sigma, ctx.noise_dtype, *ctx.settings)
+        ddata, dnoise = run(_flow_interpolate_bwd, dy, sigma, ctx.noise_dtype, *ctx.settings)
         return ddata, None, None if ctx.noise_dtype is None else dnoise, None, None, None, None, None
 
 
@@ -316,7 +318,7 @@ def flow_interpolate(
     refuse_transforms("flow_interpolate")
     backend = BACKENDS.choose(data, sigma, noise, seed)
     settings = (noise, seed, float(sigma_min), float(sigma_max), schedule, backend)
-    with torch.profiler.record_function("blip3o_fast.flow_interpolate"):
+    with recorded("flow_interpolate"):
         if needs_grad(data, noise):
             return _FlowInterpolate.apply(data, sigma, *settings)
-        return _flow_interpolate_fwd(data, sigma, *settings)
+        return run(_flow_interpolate_fwd, data, sigma, *settings)

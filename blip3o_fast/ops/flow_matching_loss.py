@@ -29,8 +29,10 @@ from blip3o_fast.ops._library import (
     accumulation_dtype,
     define,
     needs_grad,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 from blip3o_fast.ops.flow_interpolate import check_path_inputs, given_or_made_noise
 
@@ -281,7 +283,7 @@ class _FlowMatchingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, *inputs_and_settings: Any) -> tuple[Tensor, Tensor]:
         *rest, backend = inputs_and_settings
-        loss, metrics, dpred = _flow_matching_loss_fwd(pred, *rest, True, backend)
+        loss, metrics, dpred = run(_flow_matching_loss_fwd, pred, *rest, True, backend)
         ctx.save_for_backward(dpred)
         ctx.dtype, ctx.backend, ctx.inputs = pred.dtype, backend, len(inputs_and_settings)
         ctx.mark_non_differentiable(metrics)
@@ -291,7 +293,7 @@ class _FlowMatchingLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, dmetrics: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("flow_matching_loss")
         (dpred,) = ctx.saved_tensors
-        return _flow_matching_loss_bwd(dloss, dpred, ctx.dtype, ctx.backend), *(None,) * ctx.inputs
+        return run(_flow_matching_loss_bwd, dloss, dpred, ctx.dtype, ctx.backend), *(None,) * ctx.inputs
 
 
 def flow_matching_loss(
@@ -336,9 +338,9 @@ def flow_matching_loss(
         pred, data, sigma, noise, seed,
         prediction_type, float(sigma_min), float(sigma_max), schedule, float(regularization_weight),
     )  # fmt: skip
-    with torch.profiler.record_function("blip3o_fast.flow_matching_loss"):
+    with recorded("flow_matching_loss"):
         if needs_grad(pred):
             loss, metrics = _FlowMatchingLoss.apply(*arguments, backend)
         else:
-            loss, metrics, _ = _flow_matching_loss_fwd(*arguments, False, backend)
+            loss, metrics, _ = run(_flow_matching_loss_fwd, *arguments, False, backend)
         return loss, _named(metrics)

@@ -27,8 +27,10 @@ from blip3o_fast.ops._library import (
     accumulation_dtype,
     define,
     needs_grad,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -159,7 +161,7 @@ _gated_residual_bwd = define(
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
-        h, rstd = _gated_residual_fwd(x, y, gate, weight, eps, backend)
+        h, rstd = run(_gated_residual_fwd, x, y, gate, weight, eps, backend)
         ctx.save_for_backward(y, gate, weight, rstd)
         ctx.backend = backend
         return h
@@ -168,7 +170,7 @@ class _GatedResidual(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gated_residual")
         y, gate, weight, rstd = ctx.saved_tensors
-        dy, dgate, dweight = _gated_residual_bwd(dh, y, gate, weight, rstd, ctx.backend)
+        dy, dgate, dweight = run(_gated_residual_bwd, dh, y, gate, weight, rstd, ctx.backend)
         return dh, dy, dgate, dweight, None, None
 
 
@@ -186,7 +188,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, *, eps: f
     _check(x, y, gate, weight, eps)
     refuse_transforms("gated_residual")
     backend = BACKENDS.choose(x, y, gate, weight)
-    with torch.profiler.record_function("blip3o_fast.gated_residual"):
+    with recorded("gated_residual"):
         if needs_grad(x, y, gate, weight):
             return _GatedResidual.apply(x, y, gate, weight, eps, backend)
-        return _gated_residual_fwd(x, y, gate, weight, eps, backend)[0]
+        return run(_gated_residual_fwd, x, y, gate, weight, eps, backend)[0]

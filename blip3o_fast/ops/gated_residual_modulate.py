@@ -40,8 +40,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 from blip3o_fast.ops.gated_residual import gated_residual_ref
 from blip3o_fast.ops.rms_norm_modulate import rms_norm_modulate_ref
@@ -300,8 +302,8 @@ class _GatedResidualModulate(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        h, n, rstd_y, rstd_h = _gated_residual_modulate_fwd(
-            x, y, gate, weight, next_weight, next_scale, eps, dtype, backend
+        h, n, rstd_y, rstd_h = run(
+            _gated_residual_modulate_fwd, x, y, gate, weight, next_weight, next_scale, eps, dtype, backend
         )
         ctx.save_for_backward(y, h, gate, weight, next_weight, next_scale, rstd_y, rstd_h)
         ctx.backend = backend
@@ -311,8 +313,19 @@ class _GatedResidualModulate(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gated_residual_modulate")
         y, h, gate, weight, next_weight, next_scale, rstd_y, rstd_h = ctx.saved_tensors
-        *grads, dnext_scale = _gated_residual_modulate_bwd(
-            dh, dn, y, h, gate, weight, next_weight, next_scale, rstd_y, rstd_h, ctx.backend
+        *grads, dnext_scale = run(
+            _gated_residual_modulate_bwd,
+            dh,
+            dn,
+            y,
+            h,
+            gate,
+            weight,
+            next_weight,
+            next_scale,
+            rstd_y,
+            rstd_h,
+            ctx.backend,
         )
         return *grads, None if next_scale is None else dnext_scale, None, None, None
 
@@ -342,8 +355,8 @@ def gated_residual_modulate(
     refuse_transforms("gated_residual_modulate")
     tensors = (x, y, gate, weight, next_weight, next_scale)
     dtype, backend = output_dtype(x), BACKENDS.choose(*tensors)
-    with torch.profiler.record_function("blip3o_fast.gated_residual_modulate"):
+    with recorded("gated_residual_modulate"):
         if needs_grad(*tensors):
             return _GatedResidualModulate.apply(*tensors, eps, dtype, backend)
-        h, n, _, _ = _gated_residual_modulate_fwd(*tensors, eps, dtype, backend)
+        h, n, _, _ = run(_gated_residual_modulate_fwd, *tensors, eps, dtype, backend)
         return h, n

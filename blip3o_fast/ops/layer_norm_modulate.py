@@ -26,8 +26,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -155,7 +157,7 @@ _layer_norm_modulate_bwd = define(
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
-        y, mean, rstd = _layer_norm_modulate_fwd(x, scale, eps, dtype, backend)
+        y, mean, rstd = run(_layer_norm_modulate_fwd, x, scale, eps, dtype, backend)
         ctx.save_for_backward(x, scale, mean, rstd)
         ctx.backend = backend
         return y
@@ -164,7 +166,7 @@ class _LayerNormModulate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("layer_norm_modulate")
         x, scale, mean, rstd = ctx.saved_tensors
-        dx, dscale = _layer_norm_modulate_bwd(dy, x, scale, mean, rstd, ctx.backend)
+        dx, dscale = run(_layer_norm_modulate_bwd, dy, x, scale, mean, rstd, ctx.backend)
         return dx, dscale, None, None, None
 
 
@@ -182,7 +184,7 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tenso
     _check(x, scale, eps)
     refuse_transforms("layer_norm_modulate")
     dtype, backend = output_dtype(x), BACKENDS.choose(x, scale)
-    with torch.profiler.record_function("blip3o_fast.layer_norm_modulate"):
+    with recorded("layer_norm_modulate"):
         if needs_grad(x, scale):
             return _LayerNormModulate.apply(x, scale, eps, dtype, backend)
-        return _layer_norm_modulate_fwd(x, scale, eps, dtype, backend)[0]
+        return run(_layer_norm_modulate_fwd, x, scale, eps, dtype, backend)[0]

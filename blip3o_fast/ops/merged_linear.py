@@ -30,8 +30,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -285,7 +287,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.bias_dtypes = [bias.dtype for bias in biases]
         ctx.bias_dtype = _common_dtype(biases) if biases else None
         ctx.backend = backend
-        return _merged_linear_fwd(x, weights, biases, dtype, backend)
+        return run(_merged_linear_fwd, x, weights, biases, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -294,7 +296,7 @@ class _MergedLinear(torch.autograd.Function):
         need_x, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
         need_weights, need_biases = need[: len(weights)], need[len(weights) :]
         bias_dtype = ctx.bias_dtype if any(need_biases) else None
-        dx, dweight, dbias = _merged_linear_bwd(dy, x, weights, need_x, need_weights, bias_dtype, ctx.backend)
+        dx, dweight, dbias = run(_merged_linear_bwd, dy, x, weights, need_x, need_weights, bias_dtype, ctx.backend)
         grads: list[Tensor | None] = [dx if need_x else None, None, None, None]
         row = 0
         for weight, needed in zip(weights, need_weights, strict=True):
@@ -324,7 +326,7 @@ def merged_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     dtype, biases = output_dtype(x), [] if biases is None else biases
     # no backend but cpu has a kernel of its own: under the others' names the vendor library's product is what runs
     backend = BACKENDS.choose(x, *weights, *biases) if use_backend.active in ("auto", "cpu") else "reference"
-    with torch.profiler.record_function("blip3o_fast.merged_linear"):
+    with recorded("merged_linear"):
         if needs_grad(x, *weights, *biases):
             return _MergedLinear.apply(x, dtype, backend, len(weights), *weights, *biases)
-        return _merged_linear_fwd(x, weights, biases, dtype, backend)
+        return run(_merged_linear_fwd, x, weights, biases, dtype, backend)

@@ -24,8 +24,10 @@ from blip3o_fast.ops._library import (
     accumulation_dtype,
     define,
     needs_grad,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -195,13 +197,13 @@ class _OdeStep(torch.autograd.Function):
         ctx.save_for_backward(guidance, dsigma)
         ctx.dtypes = (v_cond.dtype, v_cond.dtype if v_uncond is None else v_uncond.dtype)
         ctx.backend = backend
-        return _ode_step_fwd(x, v_cond, v_uncond, guidance, dsigma, backend)
+        return run(_ode_step_fwd, x, v_cond, v_uncond, guidance, dsigma, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("ode_step")
         guidance, dsigma = ctx.saved_tensors
-        dv_cond, dv_uncond = _ode_step_bwd(dy, guidance, dsigma, *ctx.dtypes, ctx.backend)
+        dv_cond, dv_uncond = run(_ode_step_bwd, dy, guidance, dsigma, *ctx.dtypes, ctx.backend)
         return dy, dv_cond, None if guidance is None else dv_uncond, None, None, None
 
 
@@ -223,7 +225,7 @@ def ode_step(x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: Tenso
     if v_uncond is None:
         guidance = None
     backend = BACKENDS.choose(x, v_cond, v_uncond, guidance, dsigma)
-    with torch.profiler.record_function("blip3o_fast.ode_step"):
+    with recorded("ode_step"):
         if needs_grad(x, v_cond, v_uncond):
             return _OdeStep.apply(x, v_cond, v_uncond, guidance, dsigma, backend)
-        return _ode_step_fwd(x, v_cond, v_uncond, guidance, dsigma, backend)
+        return run(_ode_step_fwd, x, v_cond, v_uncond, guidance, dsigma, backend)

@@ -35,8 +35,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -252,7 +254,7 @@ class _QkNormRope(torch.autograd.Function):
         *affine: Tensor | None,
     ) -> Tensor:
         weights, biases = list(affine[: len(heads)]), list(affine[len(heads) :])
-        y, mean, rstd = _qk_norm_rope_fwd(x, weights, biases, rope, heads, head_dim, eps, dtype, backend)
+        y, mean, rstd = run(_qk_norm_rope_fwd, x, weights, biases, rope, heads, head_dim, eps, dtype, backend)
         ctx.save_for_backward(x, rope, mean, rstd, *weights)
         ctx.heads, ctx.head_dim, ctx.backend = heads, head_dim, backend
         ctx.dtypes = [None if t is None else t.dtype for t in affine]
@@ -265,7 +267,9 @@ class _QkNormRope(torch.autograd.Function):
         # The parameters' own dtype, and no cast is left to do; in the accumulation dtype only where they differ.
         given = {dtype for dtype in ctx.dtypes if dtype is not None}
         dtype = next(iter(given)) if len(given) == 1 else rstd.dtype
-        dx, daffine = _qk_norm_rope_bwd(dy, x, weights, rope, mean, rstd, ctx.heads, ctx.head_dim, dtype, ctx.backend)
+        dx, daffine = run(
+            _qk_norm_rope_bwd, dy, x, weights, rope, mean, rstd, ctx.heads, ctx.head_dim, dtype, ctx.backend
+        )
         affine: list[Tensor | None] = [None] * len(ctx.dtypes)
         if given:
             grads = daffine.view(-1).split([h * ctx.head_dim for h in ctx.heads] * 2)
@@ -307,7 +311,7 @@ def qk_norm_rope(
     refuse_transforms("qk_norm_rope")
     dtype, backend = output_dtype(x), BACKENDS.choose(x, *weights, *biases, rope)
     groups = list(heads)
-    with torch.profiler.record_function("blip3o_fast.qk_norm_rope"):
+    with recorded("qk_norm_rope"):
         if needs_grad(x, *weights, *biases):
             return _QkNormRope.apply(x, rope, groups, head_dim, eps, dtype, backend, *weights, *biases)
-        return _qk_norm_rope_fwd(x, list(weights), list(biases), rope, groups, head_dim, eps, dtype, backend)[0]
+        return run(_qk_norm_rope_fwd, x, list(weights), list(biases), rope, groups, head_dim, eps, dtype, backend)[0]

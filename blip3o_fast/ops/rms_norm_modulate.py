@@ -27,8 +27,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -207,7 +209,7 @@ class _RmsNormModulate(torch.autograd.Function):
         dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        y, rstd = _rms_norm_modulate_fwd(x, weight, scale, eps, dtype, backend)
+        y, rstd = run(_rms_norm_modulate_fwd, x, weight, scale, eps, dtype, backend)
         ctx.save_for_backward(x, weight, scale, rstd)
         ctx.backend = backend
         return y
@@ -216,7 +218,7 @@ class _RmsNormModulate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("rms_norm_modulate")
         x, weight, scale, rstd = ctx.saved_tensors
-        dx, dweight, dscale = _rms_norm_modulate_bwd(dy, x, weight, scale, rstd, ctx.backend)
+        dx, dweight, dscale = run(_rms_norm_modulate_bwd, dy, x, weight, scale, rstd, ctx.backend)
         return dx, dweight, None if scale is None else dscale, None, None, None
 
 
@@ -234,7 +236,7 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor | None = None, *,
     _check(x, weight, scale, eps)
     refuse_transforms("rms_norm_modulate")
     dtype, backend = output_dtype(x), BACKENDS.choose(x, weight, scale)
-    with torch.profiler.record_function("blip3o_fast.rms_norm_modulate"):
+    with recorded("rms_norm_modulate"):
         if needs_grad(x, weight, scale):
             return _RmsNormModulate.apply(x, weight, scale, eps, dtype, backend)
-        return _rms_norm_modulate_fwd(x, weight, scale, eps, dtype, backend)[0]
+        return run(_rms_norm_modulate_fwd, x, weight, scale, eps, dtype, backend)[0]

@@ -26,8 +26,10 @@ from blip3o_fast.ops._library import (
     define,
     needs_grad,
     output_dtype,
+    recorded,
     refuse_second_derivative,
     refuse_transforms,
+    run,
 )
 
 
@@ -145,13 +147,13 @@ class _Swiglu(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.backend = backend
-        return _swiglu_fwd(gate_up, dtype, backend)
+        return run(_swiglu_fwd, gate_up, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("swiglu")
         (gate_up,) = ctx.saved_tensors
-        return _swiglu_bwd(dy, gate_up, ctx.backend), None, None
+        return run(_swiglu_bwd, dy, gate_up, ctx.backend), None, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     _check(gate_up)
     refuse_transforms("swiglu")
     dtype, backend = output_dtype(gate_up), BACKENDS.choose(gate_up)
-    with torch.profiler.record_function("blip3o_fast.swiglu"):
+    with recorded("swiglu"):
         if needs_grad(gate_up):
             return _Swiglu.apply(gate_up, dtype, backend)
-        return _swiglu_fwd(gate_up, dtype, backend)
+        return run(_swiglu_fwd, gate_up, dtype, backend)
