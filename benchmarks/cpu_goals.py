@@ -15,12 +15,16 @@ ROWS = 64  # of a batch of one
 
 @dataclass(frozen=True)
 class Goal:
-    """reached None: no row of this run tells. at_most: the smaller the better."""
+    """reached None: no row of this run tells. at_most: the smaller the better.
+
+    bound: what would be reached at the measured peak of multiply-adds, with nothing but the products to do.
+    """
 
     what: str
     goal: float
     reached: float | None
     at_most: bool = False
+    bound: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -46,6 +50,14 @@ class Rows:
         """Of two providers of one case, by what each gains on the first (medians of ratios within a round)."""
         mine, other = (self.find(suite, provider, mode, **case) for provider in (ours, theirs))
         return None if mine is None or other is None else mine["speedup"] / other["speedup"]
+
+    def bound(
+        self, suite: str, ours: str, theirs: str, limits: dict[str, Any], mode: str = "forward", **case: Any
+    ) -> Any:
+        """times_faster of ours at the ceiling: the two do the same multiplications."""
+        mine, other = (self.find(suite, provider, mode, **case) for provider in (ours, theirs))
+        limit = None if mine is None else ceiling(mine, limits)
+        return limit / other["gflops"] if limit and other is not None and other["gflops"] else None
 
     def share(self, provider: str, limits: dict[str, Any], **case: Any) -> float | None:
         """Of the measured peak of multiply-adds, by one of packed_linear's products."""
@@ -84,7 +96,8 @@ def goals(rows: Iterable[dict[str, Any]], limits: dict[str, Any], isa: str | Non
     result = []
     for provider, dtype, batch, against, goal in _AVX512 if family == "avx512" else _AVX2:
         ratio = found.times_faster("cpu_block", provider, against, dtype=dtype, batch=batch)
-        result.append(Goal(f"block, {dtype}, batch {batch}: {provider} over {against}", goal, ratio))
+        bound = found.bound("cpu_block", provider, against, limits, dtype=dtype, batch=batch)
+        result.append(Goal(f"block, {dtype}, batch {batch}: {provider} over {against}", goal, ratio, bound=bound))
     for dtype, provider in (("float32", "fp32"), ("bfloat16", "bf16")):
         if dtype == "bfloat16" and isa != "avx512_bf16":
             continue
@@ -95,7 +108,9 @@ def goals(rows: Iterable[dict[str, Any]], limits: dict[str, Any], isa: str | Non
             ratio = found.times_faster("packed_linear", provider, "onednn", **case)
             result.append(Goal(f"{product}, {ROWS} rows, {provider}: over oneDNN", 1.0, ratio))
     result += _op_goals(found)
-    result.append(Goal("block, forward + backward, batch 4: ours over eager", _TRAINING[family], _training(found)))
+    training = ("model_block", "ours", "eager")
+    ratio, bound = found.times_faster(*training, "both", batch=4), found.bound(*training, limits, "both", batch=4)
+    result.append(Goal("block, forward + backward, batch 4: ours over eager", _TRAINING[family], ratio, bound=bound))
     result.append(Goal("block, batch 4: saved for backward, of eager's", 0.7, _saved(found), at_most=True))
     return result
 
@@ -118,10 +133,6 @@ def _is_op(row: dict[str, Any]) -> bool:
     return row["suite"] not in ("cpu_block", "packed_linear", "model_block", "model_step") and "batch" in row["case"]
 
 
-def _training(found: Rows) -> float | None:
-    return found.times_faster("model_block", "ours", "eager", "both", batch=4)
-
-
 def _saved(found: Rows) -> float | None:
     """From the details of the rows, "saves 12.3 MB"."""
     rows = [found.find("model_block", name, "both", batch=4) for name in ("ours", "eager")]
@@ -141,5 +152,6 @@ def lines(rows: Iterable[dict[str, Any]], limits: dict[str, Any], isa: str | Non
     for goal in found:
         verdict = {True: "reached", False: "MISSED", None: "not measured"}[goal.met]
         reached = "" if goal.reached is None else f"{goal.reached:.2f}"
-        yield f"  {goal.what:{width}}  {'<=' if goal.at_most else '>='} {goal.goal:.2f}  {reached:>6}  {verdict}"
+        bound = "" if goal.bound is None or goal.met is None else f"  (at the FMA ceiling: {goal.bound:.2f})"
+        yield f"  {goal.what:{width}}  {'<=' if goal.at_most else '>='} {goal.goal:.2f}  {reached:>6}  {verdict}{bound}"
     yield f"  {sum(goal.met is True for goal in found)} of {sum(goal.met is not None for goal in found)} reached"

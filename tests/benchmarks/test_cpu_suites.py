@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import cpu_block, cpu_goals, table
+from benchmarks import cpu_block, cpu_goals, storage_quality, table
 from benchmarks.harness import Settings, measure
 from benchmarks.ops import packed_linear
 from benchmarks.work import Absent, Work
 from blip3o_fast import _ext
-from blip3o_fast.models import BLIP3oConfig
+from blip3o_fast.data.shards import EncoderInfo, Meta, ShardWriter
+from blip3o_fast.models import BLIP3oConfig, BLIP3oDiT
 
 needs_extension = pytest.mark.skipif(_ext.C is None, reason=_ext.ERROR or "built")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,6 +56,9 @@ def test_goals_are_ratios_of_one_case():
     assert found["block, float32, batch 1: fp32 over eager"].met is True
     assert found["block, float32, batch 1: fp32 over frozen"].reached == pytest.approx(1.65)
     assert found["block, float32, batch 4: fp32 over eager"].met is None
+    bounded = cpu_goals.goals(rows, {"fma_gflops": 500.0}, "avx512")[0]
+    assert bounded.bound == pytest.approx(5)  # all of them do 100
+    assert "(at the FMA ceiling: 5.00)" in "".join(cpu_goals.lines(rows, {"fma_gflops": 500.0}, "avx512"))
     assert not list(cpu_goals.lines([row("swiglu", "ours", 3, case=case)], {}, "avx512"))
     assert list(cpu_goals.lines(rows, {}, "avx512"))[-1] == "  2 of 2 reached"
 
@@ -65,3 +69,25 @@ def test_more_than_the_ceiling_is_impossible():
     rows = [row("packed_linear", name, 1, case=case) for case in cases for name in ("fp32", "int8")]
     (claim,) = table.impossible(rows, limits)  # of the fp32 product alone: 8 bits have no ceiling
     assert "float32" in claim and claim.endswith("fp32: 100.0 of 90.0 GFLOP/s")
+
+
+@needs_extension
+def test_storages_are_judged_side_by_side(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    condition, target = (torch.randn(30, 16, width, generator=generator) for width in (10, 4))
+    names = [str(i) for i in range(30)]
+    meta = Meta(EncoderInfo("c", 10), EncoderInfo("t", 4), tokens=16)
+    ShardWriter(tmp_path / "embeddings", meta).write(0, condition, target, names, names, "made up")
+    config = BLIP3oConfig.preset("tiny", in_channels=4, cross_attention_dim=10, sample_size=4)
+    model = BLIP3oDiT(config, generator=generator)
+    with torch.no_grad():
+        model.norm_out.linear_2.weight.normal_(generator=generator)  # untrained it answers zero
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--embeddings_path", str(tmp_path / "embeddings")]
+    assert storage_quality.main([*arguments, "--rounds", "1", "--eval_split", "0.2"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[3:]}
+    forward, sampled = ({name: float(row[i]) for name, row in rows.items()} for i in (1, 2))
+    for distance in (forward, sampled):
+        assert 0 == distance["fp32"] < distance["bf16"] < distance["int8"] < 0.2
+    with pytest.raises(SystemExit):
+        storage_quality.main([*arguments, "--rounds", "0"])
