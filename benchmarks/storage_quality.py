@@ -25,7 +25,7 @@ SCORES = ("recall_at_1", "token_cosine", "centred_cosine", "frechet_distance")
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.storage_quality", description=__doc__)
-    parser.add_argument("--model", required=True, help="a run's folder, as `make demo` leaves one in runs/demo/run")
+    parser.add_argument("--model", required=True, help="a run's folder, as `make demo` leaves one in runs/demo/model")
     parser.add_argument("--embeddings_path", required=True, type=Path, help="the embeddings that it was trained on")
     parser.add_argument("--eval_split", type=float, default=0.1, help="as in training (0.1)")
     parser.add_argument("--rounds", type=int, default=3, help="of sampling with each storage, in turns (3)")
