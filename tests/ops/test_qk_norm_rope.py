@@ -303,10 +303,10 @@ def test_chunks_of_samples_change_nothing(monkeypatch):
 @pytest.mark.parametrize("first", [0, 1])
 def test_strided_inputs(backend, first):
     """Every other token of a slice at an even and at an odd place, strided weights, a transposed upstream gradient."""
-    case = Case((2, (2, 3), (2, 1), 8))
-    case.x = torch.randn(2, 12, 40)[:, ::2, first : first + 24]
+    case = Case((2, (2, 3), (2, 1), 64))  # sums of many columns: of a few, stock's may be exact by luck
+    case.x = torch.randn(2, 12, 240)[:, ::2, first : first + 192]
     case.weights, case.biases = ([torch.randn(2 * len(t))[::2] for t in g] for g in (case.weights, case.biases))
-    case.dy = torch.randn(2, 8, 3, 6).transpose(1, 3)
+    case.dy = torch.randn(2, 64, 3, 6).transpose(1, 3)
     with use_backend(backend):
         ours = case.run(qk_norm_rope)
     stock, gold = case.run(eager), case.double().run(qk_norm_rope_ref)
