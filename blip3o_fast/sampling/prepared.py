@@ -20,6 +20,7 @@ from blip3o_fast.models import BLIP3oDiT, inputs
 from blip3o_fast.models import condition as conditions
 from blip3o_fast.models.condition import PreparedCondition
 from blip3o_fast.models.packed import PackedBlock, packable
+from blip3o_fast.models.step_modulations import StepModulations, make_modulations
 from blip3o_fast.models.workspace import Workspace
 from blip3o_fast.ops import _cpu, debug_ops, use_attention, use_backend
 from blip3o_fast.ops.packed_linear import STORAGE
@@ -70,6 +71,11 @@ class PreparedModel:
             return conditions.prepare(self.model, encoder_hidden_states, encoder_mask, self._blocks())
 
     prepare_condition = condition  # so that `sample` takes it in the model's place
+
+    def prepare_modulations(self, condition: PreparedCondition, timesteps: Tensor) -> list[StepModulations] | None:
+        """`BLIP3oDiT.prepare_modulations` by the packed blocks."""
+        with self._lock, torch.no_grad():
+            return make_modulations(self.model, condition, timesteps, self._blocks())
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The model's own: they say its dtype and device."""
