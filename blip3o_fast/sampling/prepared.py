@@ -96,9 +96,14 @@ class PreparedModel:
         return self.model.normalizer
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(packed.nbytes for packed in self._packed if packed is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights and the workspace, beside the model's own."""
-        return sum(packed.nbytes for packed in self._packed if packed is not None) + self._workspace.nbytes
+        return self.packed_bytes + self._workspace.nbytes
 
 
 def prepare(model: BLIP3oDiT, *, storage: str = "auto") -> PreparedModel:
