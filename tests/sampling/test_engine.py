@@ -1,6 +1,7 @@
 """The sampler that is made once: the numbers of `sample`, its memory, its threads; and the network calls of a run."""
 
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +13,7 @@ import blip3o_fast
 from blip3o_fast import BLIP3oConfig, BLIP3oDiT, _ext, sample, use_backend
 from blip3o_fast.flow.solvers import SOLVERS, evaluation_levels, integrate, sigma_grid
 from blip3o_fast.models.step_modulations import step_bytes
-from blip3o_fast.sampling import PreparedModel, Sampler, prepare, run
+from blip3o_fast.sampling import PreparedModel, Sampler, engine, prepare, run
 from blip3o_fast.testing import relative_l2
 
 needs_extension = pytest.mark.skipif(_ext.C is None, reason=_ext.ERROR or "built")
@@ -143,8 +144,8 @@ def test_only_the_interval_is_guided(interval, solver, scale, rows):
     start, end = interval
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        time = (1000 * sigma).expand(3)
-        null, conditional = model(x, time, torch.zeros_like(condition)), model(x, time, condition)
+        t = (1000 * sigma).expand(3)
+        null, conditional = model(x, t, torch.zeros_like(condition)), model(x, t, condition)
         guided = end - 1e-6 <= float(sigma) <= start + 1e-6
         return null + scale * (conditional - null) if guided else conditional
 
@@ -207,8 +208,8 @@ def test_states_are_as_exact_as_those_of_integrate(solver):
 
     def velocity_of(net: BLIP3oDiT, context: Tensor):
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            time, both = (1000 * sigma).expand(6), torch.cat([torch.zeros_like(context), context])
-            null, conditional = net(torch.cat([x, x]), time, both).chunk(2)
+            t, both = (1000 * sigma).expand(6), torch.cat([torch.zeros_like(context), context])
+            null, conditional = net(torch.cat([x, x]), t, both).chunk(2)
             return null + 2.5 * (conditional - null)
 
         return velocity
@@ -260,6 +261,24 @@ def test_threads_get_the_serial_results():
         for _ in range(3):
             together = list(pool.map(draw, range(8)))
             assert all(torch.equal(a, b) for a, b in zip(serial, together, strict=True))
+
+
+def test_one_run_at_a_time(monkeypatch):
+    """What `memory` says is enough for any number of threads."""
+    sampler, condition, running, most = Sampler(network()), conditions(), [], []
+
+    def watched(*args):
+        running.append(None)
+        most.append(len(running))
+        time.sleep(0.005)
+        result = run.draw(*args)
+        running.pop()
+        return result
+
+    monkeypatch.setattr(engine, "draw", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: sampler(condition, num_steps=1), range(8)))
+    assert most == [1] * 8
 
 
 def test_it_follows_the_weights():
