@@ -56,18 +56,18 @@ def network_output(
     *,
     time_convention: str = "blip3o",
     truncate_time: bool = False,
+    **options: Any,
 ) -> Tensor:
     """What the network says about x_t, before any sign or prediction type.
 
-    encoder_hidden_states: [B, L, E], or what the model itself prepared of it.
+    encoder_hidden_states: [B, L, E], or what the model itself prepared of it. options: passed on to the model.
     sigma: fp32 or fp64, [B] or 0-d. The second half of a `learn_sigma` network's channels (a variance that flow
     matching does not use) is cut off.
     """
     timestep = network_time(sigma, time_convention, truncate=truncate_time).expand(x_t.shape[0])
-    if encoder_mask is None:
-        output = model(x_t, timestep, encoder_hidden_states)
-    else:
-        output = model(x_t, timestep, encoder_hidden_states, encoder_mask=encoder_mask)
+    if encoder_mask is not None:
+        options["encoder_mask"] = encoder_mask
+    output = model(x_t, timestep, encoder_hidden_states, **options)
     channel_dim = 1 if x_t.dim() == 4 else -1
     channels = x_t.shape[channel_dim]
     if output.shape[channel_dim] == 2 * channels:

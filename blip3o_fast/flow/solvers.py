@@ -80,6 +80,14 @@ def _levels(num_steps: int, kind: str, shift: float) -> torch.Tensor:
     return (1 - torch.cos(math.pi * u)) / 2 if kind == "cosine" else u
 
 
+def evaluation_levels(sigmas: torch.Tensor, solver: str) -> torch.Tensor:
+    """The noise level of each evaluation of the velocity, in order; sigmas [S + 1] as in `integrate`."""
+    now, after = sigmas[:-1], sigmas[1:]
+    if solver == "midpoint":
+        return torch.stack([now, now + (after - now) / 2], dim=1).flatten()
+    return torch.stack([now, after], dim=1).flatten() if solver == "heun" else now
+
+
 def integrate(
     velocity: Velocity,
     x: torch.Tensor,

@@ -29,6 +29,16 @@ class PreparedCondition:
     mask: Tensor | None
     keys_values: tuple[tuple[Tensor, Tensor] | None, ...]
 
+    def rows(self, start: int, stop: int) -> "PreparedCondition":
+        """Of samples start to stop - 1 alone; views, nothing is copied."""
+        some = slice(start, stop)
+        return PreparedCondition(
+            self.context[some],
+            self.pooled[some],
+            None if self.mask is None else self.mask[some],
+            tuple(None if made is None else (made[0][some], made[1][some]) for made in self.keys_values),
+        )
+
 
 def prepare(
     model: Any,

@@ -52,7 +52,7 @@ class Grid:
 # ---- which layers may be read directly -----------------------------------------------------------------------------
 
 
-def _untouched(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """No hook and no replaced forward: reading the weight is the same as calling the module."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in module.__dict__
@@ -64,11 +64,11 @@ def _dense(weight: Tensor | None) -> bool:
 
 def plain_linear(module: Any) -> bool:
     """An `nn.Linear` whose weight may be read instead of calling it."""
-    return type(module) is nn.Linear and _untouched(module) and _dense(module.weight)
+    return type(module) is nn.Linear and untouched(module) and _dense(module.weight)
 
 
 def _plain_norm(module: Any) -> bool:
-    return module is None or (type(module) in PLAIN_NORMS and _untouched(module) and _dense(module.weight))
+    return module is None or (type(module) in PLAIN_NORMS and untouched(module) and _dense(module.weight))
 
 
 def _norms(block: Any) -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ def carries(block: Any, kind: type[nn.Module]) -> bool:
     block's output alone.
     """
     of_our_kind = type(block) is kind
-    return of_our_kind and _untouched(block) and fusable(block) and plain_linear(block.norm1.linear)
+    return of_our_kind and untouched(block) and fusable(block) and plain_linear(block.norm1.linear)
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------
@@ -256,18 +256,28 @@ def pool_context(context: Tensor, mask: Tensor | None) -> Tensor:
     return ((context * weights).sum(1) / torch.where(total == 0, 1.0, total)).to(context.dtype)
 
 
-def embed_condition(model: Any, timestep: Tensor, pooled: Tensor) -> Tensor:
-    """y [B, A]: time embedding (sinusoids of width 256, cos first, in fp32) plus pooled context."""
-    embed = model.time_caption_embed
+def embed_time(model: Any, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, A]: an MLP in dtype of sinusoids of width 256, cos first, made in fp32. timestep [B]."""
     steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device=timestep.device)
     angles = timestep[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) * steps / _FREQUENCIES)
-    waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(pooled.dtype)
-    time = embed.timestep_embedder
-    return time.linear_2(F.silu(time.linear_1(waves))) + embed.caption_embedder(pooled)
+    waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    time = model.time_caption_embed.timestep_embedder
+    return time.linear_2(F.silu(time.linear_1(waves)))
 
 
-def head(model: Any, h: Tensor, conditioning: Tensor) -> Tensor:
-    """[B, T, D] to [B, T, patch_size^2 * out_channels]. conditioning = silu(y)."""
+def embed_condition(model: Any, timestep: Tensor, pooled: Tensor) -> Tensor:
+    """y [B, A]: time embedding plus pooled context. timestep [B], pooled [B, E']."""
+    return embed_time(model, timestep, pooled.dtype) + model.time_caption_embed.caption_embedder(pooled)
+
+
+def head_scale(model: Any, conditioning: Tensor) -> Tensor:
+    """[B, D] of conditioning = silu(y) [B, A]."""
+    return model.norm_out.linear_1(conditioning)
+
+
+def head(model: Any, h: Tensor, conditioning: Tensor, scale: Tensor | None = None) -> Tensor:
+    """[B, T, D] to [B, T, patch_size^2 * out_channels]. conditioning = silu(y); scale: `head_scale`, if made before."""
     norm_out = model.norm_out
-    scale = norm_out.linear_1(conditioning.to(h.dtype))
+    if scale is None:
+        scale = head_scale(model, conditioning.to(h.dtype))
     return project(ops.layer_norm_modulate(h, scale, eps=norm_out.norm.eps), (norm_out.linear_2,))

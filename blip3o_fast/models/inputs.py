@@ -45,3 +45,14 @@ def _check_dtype(model: Any, name: str, given: Tensor) -> None:
             f"{name} must have the weights' dtype {dtype}, got {given.dtype}: convert one of them, or run "
             "under torch.autocast"
         )
+
+
+def check_modulations(batch: int, modulations: Any) -> None:
+    """`StepModulations` of batch samples."""
+    given = getattr(modulations, "y", None)
+    if not isinstance(given, Tensor):
+        raise ValueError(
+            f"modulations must be an element of prepare_modulations' list, got {type(modulations).__name__}"
+        )
+    if given.shape[0] != batch:
+        raise ValueError(f"modulations were made for {given.shape[0]} samples, hidden_states has {batch}")

@@ -115,12 +115,14 @@ class NextDiTBlock(nn.Module):
         modulation: tuple[Tensor, ...] | None = None,
         following: "NextDiTBlock | None" = None,
         key_value: tuple[Tensor, Tensor] | None = None,
+        following_modulation: tuple[Tensor, ...] | None = None,
     ) -> Any:
         """hidden_states [B, T, D], y [B, A], context [B, L, E'] -> [B, T, D].
 
         conditioning is silu(y). With `following` (the next block, where it lets its first norm be made here) the
         result is (hidden_states, its normed, its modulation), to be handed to it. key_value: this block's
-        cross-attention keys and values, where they were made before (`PreparedCondition`).
+        cross-attention keys and values, where they were made before (`PreparedCondition`); modulation and
+        following_modulation: this block's and the next one's, likewise (`StepModulations`).
         """
         if not fused.fusable(self):
             return fused.unfused_block(self, hidden_states, y, context, grid)
@@ -136,6 +138,7 @@ class NextDiTBlock(nn.Module):
             modulation=modulation,
             following=following,
             key_value=key_value,
+            following_modulation=following_modulation,
         )
         return result[0] if following is None else result
 

@@ -20,6 +20,7 @@ from blip3o_fast.models.modules import Head, NextDiTBlock, PatchEmbedder, TimeCo
 from blip3o_fast.models.packed import PackedBlock, run_blocks
 from blip3o_fast.models.patches import from_tokens, to_image, to_patches
 from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
+from blip3o_fast.models.step_modulations import StepModulations, make_modulations
 
 
 class BLIP3oDiT(
@@ -88,6 +89,7 @@ class BLIP3oDiT(
         *,
         base_sequence_length: int | None = None,
         image_rotary_emb: Tensor | None = None,
+        modulations: StepModulations | None = None,
     ) -> Tensor:
         """The network's prediction at x_t, in the form of hidden_states.
 
@@ -101,6 +103,7 @@ class BLIP3oDiT(
             sqrt(log T / log base_sequence_length).
         image_rotary_emb: complex64 [>= H, >= W, d / 2], to replace the rotary table (diffusers'
             `get_2d_rotary_pos_embed_lumina` with its ntk and linear factors).
+        modulations: what `prepare_modulations` made of this timestep and this condition, used in their place.
 
         Returns [B, N, out_channels] or [B, out_channels, H, W]. Raises ValueError where a shape or dtype does not fit.
         """
@@ -111,6 +114,7 @@ class BLIP3oDiT(
             encoder_mask,
             base_sequence_length=base_sequence_length,
             image_rotary_emb=image_rotary_emb,
+            modulations=modulations,
         )
 
     def _predict(
@@ -122,6 +126,7 @@ class BLIP3oDiT(
         *,
         base_sequence_length: int | None = None,
         image_rotary_emb: Tensor | None = None,
+        modulations: StepModulations | None = None,
         packed: Sequence[PackedBlock | None] | None = None,
     ) -> Tensor:
         """`forward`. packed: the blocks with their weights packed, None for one that runs by itself; no gradients."""
@@ -153,14 +158,19 @@ class BLIP3oDiT(
             raise ValueError(f"base_sequence_length must be at least 2, got {base_sequence_length}")
 
         h = self.patch_embedder.proj(to_patches(image, config.patch_size))
-        y = fused.embed_condition(self, timestep.expand(batch), pooled)
-        conditioning = nn.functional.silu(y)
+        if modulations is None:
+            y = fused.embed_condition(self, timestep.expand(batch), pooled)
+            conditioning, made_before, scale = nn.functional.silu(y), None, None
+        else:
+            inputs.check_modulations(batch, modulations)
+            y, conditioning, scale = modulations.y, modulations.conditioning, modulations.head
+            made_before = modulations.layers
         grid = fused.Grid(rope, mask, base_sequence_length)
         if packed is not None and any(packed):
-            h = run_blocks(self.layers, packed, h, y, context, grid, conditioning, keys_values)
+            h = run_blocks(self.layers, packed, h, y, context, grid, conditioning, keys_values, made_before)
         else:
-            h = self._run_blocks(h, y, context, grid, conditioning, keys_values)
-        return from_tokens(fused.head(self, h, conditioning), config, rows, columns, as_tokens=as_tokens)
+            h = self._run_blocks(h, y, context, grid, conditioning, keys_values, made_before)
+        return from_tokens(fused.head(self, h, conditioning, scale), config, rows, columns, as_tokens=as_tokens)
 
     def prepare_condition(self, encoder_hidden_states: Tensor, encoder_mask: Tensor | None = None) -> PreparedCondition:
         """Everything that depends on the condition alone, for many calls with the same one (a sampling run).
@@ -173,6 +183,13 @@ class BLIP3oDiT(
         inputs.check_condition(self, batch, encoder_hidden_states, encoder_mask)
         return prepare(self, encoder_hidden_states, encoder_mask)
 
+    def prepare_modulations(self, condition: PreparedCondition, timesteps: Tensor) -> list[StepModulations] | None:
+        """What the time and the condition alone decide, for each of timesteps [S]: to be given to `forward` with them.
+
+        condition: of `prepare_condition`. None where a hooked module must be called at every step.
+        """
+        return make_modulations(self, condition, timesteps)
+
     def _run_blocks(
         self,
         h: Tensor,
@@ -181,6 +198,7 @@ class BLIP3oDiT(
         grid: fused.Grid,
         conditioning: Tensor,
         keys_values: tuple[tuple[Tensor, Tensor] | None, ...] | None = None,
+        modulations: tuple[Tensor | None, ...] | None = None,
     ) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             for layer in self.layers:
@@ -188,13 +206,14 @@ class BLIP3oDiT(
             return h
         layers = self.layers
         open_to_carry = [fused.carries(layer, NextDiTBlock) for layer in layers]
+        chunks = [None if made is None else made.chunk(4, dim=1) for made in modulations or [None] * len(layers)]
         normed = modulation = None
         for i, layer in enumerate(layers):
             made: dict[str, Any] = {} if keys_values is None else {"key_value": keys_values[i]}
+            modulation = chunks[i] if modulation is None else modulation
             if i + 1 < len(layers) and open_to_carry[i] and open_to_carry[i + 1]:
-                h, normed, modulation = layer(
-                    h, y, context, grid, conditioning, normed, modulation, following=layers[i + 1], **made
-                )
+                made |= {"following": layers[i + 1], "following_modulation": chunks[i + 1]}
+                h, normed, modulation = layer(h, y, context, grid, conditioning, normed, modulation, **made)
             else:
                 h = layer(h, y, context, grid, conditioning, normed, modulation, **made)
                 normed = modulation = None

@@ -102,6 +102,12 @@ class Modulation(NamedTuple):
     made: Tensor
     chunks: tuple[_cpu.Described, ...]
 
+    @classmethod
+    def of(cls, made: Tensor) -> "Modulation":
+        address, dtype, (batch, columns), strides = _cpu.describe(made)
+        shape, step = (batch, columns // 4), columns // 4 * made.element_size()
+        return cls(made, tuple((address + i * step, dtype, shape, strides) for i in range(4)))
+
 
 def _affine(*norms: Any) -> list[_cpu.Described | None]:
     """Weight and bias of each, as qk_norm_rope's kernel takes them."""
@@ -166,12 +172,9 @@ class PackedBlock:
 
     def modulation(self, conditioning: Tensor) -> Modulation:
         """Of silu(y) [B, A]."""
-        hidden = self.widths.hidden
-        made = conditioning.new_empty(conditioning.shape[0], 4 * hidden)
-        address, dtype, _, strides = whole = _cpu.describe(made)
-        _cpu.call("packed_linear", conditioning, self.packed["modulation"], self.modulation_bias, whole)
-        step, shape = hidden * made.element_size(), (made.shape[0], hidden)
-        return Modulation(made, tuple((address + i * step, dtype, shape, strides) for i in range(4)))
+        made = conditioning.new_empty(conditioning.shape[0], 4 * self.widths.hidden)
+        _cpu.call("packed_linear", conditioning, self.packed["modulation"], self.modulation_bias, made)
+        return Modulation.of(made)
 
     def context_key_value(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """k2 (normed, never rotated) and v2, [B, L, K, d] each, of context [B, L, E']; new tensors."""
@@ -242,10 +245,12 @@ def run_blocks(
     grid: fused.Grid,
     conditioning: Tensor,
     keys_values: Sequence[tuple[Tensor, Tensor] | None] | None,
+    modulations: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """h [B, T, D] through all blocks, those without packed weights by themselves.
 
-    At least one is packed. The result may lie in the workspace, which the next call overwrites.
+    At least one is packed. modulations: per block [B, 4 D], where it was made before. The result may lie in the
+    workspace, which the next call overwrites.
     """
     first = next(block for block in packed if block is not None)
     workspace, made_here = first.workspace, False
@@ -255,20 +260,31 @@ def run_blocks(
         None if grid.mask is None else _cpu.describe(grid.mask),
         grid.self_scale(first.widths.head_dim),
     )
+
+    def made_before(i: int) -> Tensor | None:
+        return None if modulations is None else modulations[i]
+
+    def modulate(i: int, block: PackedBlock) -> Modulation:
+        made = made_before(i)
+        return block.modulation(conditioning) if made is None else Modulation.of(made)
+
     modulation = None
     with recorded("packed_blocks"):
         for i, (layer, block) in enumerate(zip(layers, packed, strict=True)):
             key_value = None if keys_values is None else keys_values[i]
             if block is None:
+                own = made_before(i)
+                chunks = None if own is None else own.chunk(4, dim=1)
                 # a copy: a hook may keep what the layer is given
-                h = layer(h.clone() if made_here else h, y, context, grid, conditioning, key_value=key_value)
+                h = h.clone() if made_here else h
+                h = layer(h, y, context, grid, conditioning, modulation=chunks, key_value=key_value)
                 modulation, made_here = None, False
                 continue
             following = packed[i + 1] if i + 1 < len(packed) else None
-            following_modulation = None if following is None else following.modulation(conditioning)
+            following_modulation = None if following is None else modulate(i + 1, following)
             block(
                 _cpu.describe(h),
-                block.modulation(conditioning) if modulation is None else modulation,
+                modulate(i, block) if modulation is None else modulation,
                 block.context_key_value(context) if key_value is None else key_value,
                 shared,
                 normed=modulation is not None,

@@ -58,6 +58,14 @@ class Workspace:
         self.means, self.rstds = (buffer(3, dtype=torch.float32) for _ in range(2))
         self._made_for = made_for
 
+    @staticmethod
+    def bytes_for(widths: Widths, batch: int, tokens: int, dtype: torch.dtype) -> int:
+        """What `nbytes` is after `fit` with the same arguments."""
+        hidden, heads, kv_heads, head_dim, ffn = widths
+        queries, keys = heads * head_dim, kv_heads * head_dim
+        values = 4 * hidden + 2 * (queries + keys) + queries + ffn + 2 * queries + keys
+        return batch * tokens * (values * dtype.itemsize + 8 * torch.float32.itemsize)
+
     @property
     def nbytes(self) -> int:
         return sum(buffer.tensor.nbytes for buffer in self._buffers)

@@ -20,6 +20,7 @@ from blip3o_fast.models import BLIP3oDiT, inputs
 from blip3o_fast.models import condition as conditions
 from blip3o_fast.models.condition import PreparedCondition
 from blip3o_fast.models.packed import PackedBlock, packable
+from blip3o_fast.models.step_modulations import StepModulations, make_modulations
 from blip3o_fast.models.workspace import Workspace
 from blip3o_fast.ops import _cpu, debug_ops, use_attention, use_backend
 from blip3o_fast.ops.packed_linear import STORAGE
@@ -71,6 +72,11 @@ class PreparedModel:
 
     prepare_condition = condition  # so that `sample` takes it in the model's place
 
+    def prepare_modulations(self, condition: PreparedCondition, timesteps: Tensor) -> list[StepModulations] | None:
+        """`BLIP3oDiT.prepare_modulations` by the packed blocks."""
+        with self._lock, torch.no_grad():
+            return make_modulations(self.model, condition, timesteps, self._blocks())
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The model's own: they say its dtype and device."""
         return self.model.parameters()
@@ -90,9 +96,14 @@ class PreparedModel:
         return self.model.normalizer
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(packed.nbytes for packed in self._packed if packed is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights and the workspace, beside the model's own."""
-        return sum(packed.nbytes for packed in self._packed if packed is not None) + self._workspace.nbytes
+        return self.packed_bytes + self._workspace.nbytes
 
 
 def prepare(model: BLIP3oDiT, *, storage: str = "auto") -> PreparedModel:

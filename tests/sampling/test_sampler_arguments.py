@@ -12,7 +12,7 @@ def network(**overrides) -> BLIP3oDiT:
     return BLIP3oDiT(BLIP3oConfig.preset("tiny", sample_size=2, in_channels=8, num_layers=1, **overrides)).eval()
 
 
-C = torch.zeros(3, 5, 24)
+C, G = torch.zeros(3, 5, 24), torch.Generator()
 BAD = [
     ({"model": torch.nn.Linear(2, 2)}, "model must have a config (BLIP3oDiT has one), got Linear without"),
     ({"encoder_hidden_states": [1.0]}, "encoder_hidden_states must be a floating tensor of shape (N, L, 24), got list"),
@@ -31,7 +31,15 @@ BAD = [
     ({"encoder_mask": torch.ones(3, 4).bool()}, "encoder_mask must be bool of shape (N, L) = (3, 5), got torch.bool"),
     ({"encoder_mask": [True]}, "encoder_mask must be bool of shape (N, L) = (3, 5), got list"),
     ({"encoder_mask": torch.ones(3, 5, device="meta").bool()}, "encoder_mask must be on cpu, got meta"),
-    ({"generator": 42}, "generator must be a torch.Generator, got int"),
+    ({"generator": 42}, "generator must be a torch.Generator or a list of them, got int"),
+    ({"generator": [G, 42, G]}, "generator must be a torch.Generator or a list of them, got a list with int"),
+    ({"generator": [G, G]}, "generator must have one element per result row = 3, got 2"),
+    ({"generator": [G] * 3, "noise": torch.zeros(3, 4, 8)}, "noise and generator exclude each other"),
+    ({"guidance_start": 1.5}, "guidance_start must be a noise level between 0 and 1, got 1.5"),
+    ({"guidance_end": -0.1}, "guidance_end must be a noise level between 0 and 1, got -0.1"),
+    ({"guidance_end": float("nan")}, "guidance_end must be a noise level between 0 and 1, got nan"),
+    ({"guidance_start": "1"}, "guidance_start must be a noise level between 0 and 1, got '1'"),
+    ({"guidance_start": 0.2, "guidance_end": 0.4}, "guidance_start must be at least guidance_end, as noise"),
     ({"num_samples_per_condition": 0}, "num_samples_per_condition must be an integer >= 1, got 0"),
     ({"noise": torch.zeros(3, 4, 7)}, "noise must be a floating tensor of shape (N * n, T, C) = (3, 4, 8), got"),
     ({"noise": torch.zeros(3, 4, 8).long()}, "noise must be a floating tensor of shape (N * n, T, C) = (3, 4, 8), got"),
