@@ -52,23 +52,23 @@ class Grid:
 # ---- which layers may be read directly -----------------------------------------------------------------------------
 
 
-def _untouched(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """No hook and no replaced forward: reading the weight is the same as calling the module."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in module.__dict__
 
 
-def _dense(weight: Tensor | None) -> bool:
+def dense(weight: Tensor | None) -> bool:
     return weight is None or type(weight) in (nn.Parameter, Tensor) or isinstance(weight, FakeTensor)
 
 
 def plain_linear(module: Any) -> bool:
     """An `nn.Linear` whose weight may be read instead of calling it."""
-    return type(module) is nn.Linear and _untouched(module) and _dense(module.weight)
+    return type(module) is nn.Linear and untouched(module) and dense(module.weight)
 
 
 def _plain_norm(module: Any) -> bool:
-    return module is None or (type(module) in PLAIN_NORMS and _untouched(module) and _dense(module.weight))
+    return module is None or (type(module) in PLAIN_NORMS and untouched(module) and dense(module.weight))
 
 
 def _norms(block: Any) -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ def carries(block: Any, kind: type[nn.Module]) -> bool:
     block's output alone.
     """
     of_our_kind = type(block) is kind
-    return of_our_kind and _untouched(block) and fusable(block) and plain_linear(block.norm1.linear)
+    return of_our_kind and untouched(block) and fusable(block) and plain_linear(block.norm1.linear)
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------
