@@ -86,7 +86,7 @@ def _lay_out(network: Any) -> None:
 
 
 def _rebuild(stock_class: type) -> Any:
-    cls = fused_class(stock_class)
+    cls: Any = fused_class(stock_class)
     return cls.__new__(cls)
 
 
@@ -142,7 +142,8 @@ def networks(x: Any) -> dict[str, Any]:
 
 def _refusal(name: str, network: Any) -> str | None:
     """Why a network's forward must not be replaced now, and what to do about it."""
-    cls, base = type(network), _named_base(type(network))
+    cls: Any = type(network)
+    base: Any = _named_base(cls)
     if "_orig_mod" in name.split(".") or network._compiled_call_impl is not None:
         return "is compiled (torch.compile): fuse the model that was compiled, then compile it again"
     if any(c.__name__ == "FSDPModule" for c in cls.__mro__):
@@ -154,10 +155,9 @@ def _refusal(name: str, network: Any) -> str | None:
             "has a forward of its own (offloading, another hook of accelerate or diffusers, or a replaced method): "
             "remove it, and add it again afterwards"
         )
-    forward: Any = getattr(cls, "forward", None)
-    if forward is not getattr(base, "forward", None):
+    if cls.forward is not base.forward:
         return f"is a {cls.__name__} whose forward is not that of {stock.NETWORK}"
-    if not set(_ARGUMENTS) <= set(inspect.signature(forward).parameters):
+    if not set(_ARGUMENTS) <= set(inspect.signature(cls.forward).parameters):
         return f"has a forward that does not take {', '.join(_ARGUMENTS)}"
     return None
 

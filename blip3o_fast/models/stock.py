@@ -69,7 +69,8 @@ def learn(network_class: type) -> None:
 
 
 def _as_built(module: Any, kind: str) -> bool:
-    return type(module) is _KINDS[kind] and fused.untouched(module)
+    expected: Any = _KINDS[kind]
+    return type(module) is expected and fused.untouched(module)
 
 
 def _rms_norm(norm: Any) -> bool:
