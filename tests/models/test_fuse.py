@@ -422,6 +422,12 @@ def other_eps(model: Any, seen: list[str]) -> None:
     model.layers[1].ffn_norm1.eps = 0.5
 
 
+def other_eps_in_one_block(model: Any, seen: list[str]) -> None:
+    block = model.layers[1]
+    for norm in (block.norm1.norm, block.norm2, block.ffn_norm1, block.ffn_norm2, block.norm1_context):
+        norm.eps = 0.5
+
+
 def norm_without_weight(model: Any, seen: list[str]) -> None:
     model.layers[1].attn1.norm_k = nn.LayerNorm(64, elementwise_affine=False)
 
@@ -469,6 +475,7 @@ CHANGES: dict[str, tuple[Any, int]] = {
     "own-forward": (own_forward, 1),
     "own-norm": (own_norm, 1),
     "other-eps": (other_eps, 1),
+    "other-eps-in-one-block": (other_eps_in_one_block, 0),
     "norm-without-weight": (norm_without_weight, 1),
     "other-scale": (other_scale, 1),
     "parametrized-gate": (parametrized_gate, 1),
@@ -511,7 +518,7 @@ def test_obstacles_say_why() -> None:
     assert obstacles(model) == {"layers.1": "its attention processors are Scaled and LuminaAttnProcessor2_0"}
 
 
-def test_other_attention_arguments_reach_the_processors() -> None:
+def test_other_attention_arguments_reach_the_processors(caplog: pytest.LogCaptureFixture) -> None:
     stock = build()
     own_processor(stock, [])
     call, fast = call_of(stock), fuse(copy.deepcopy(stock))
@@ -520,19 +527,24 @@ def test_other_attention_arguments_reach_the_processors() -> None:
     out = fast(*call).sample
     assert (out - stock(*call).sample).abs().max() <= 1e-5
     assert (out - without).abs().max() > 1e-3
+    caplog.clear()
+    fast(*call)
+    # one of the four attentions knows the argument, the others say that they ignore it, as in stock
+    assert caplog.text.count("['factor'] are not expected by LuminaAttnProcessor2_0") == 3
 
 
 def test_a_block_by_itself_takes_an_empty_mask_row() -> None:
-    class Same(LuminaAttnProcessor2_0):
-        """Stock's, under another name."""
-
+    """It is given zeros to attend to, since an attention over nothing may be NaN."""
     model = fuse(build())
     call = call_of(model)
     call[3][1] = 0
     expected = model(*call).sample
-    model.layers[1].attn1.processor = Same()
+    given: list[Any] = []
+    model.layers[1].register_forward_pre_hook(lambda module, args: given.append((args[3], args[4])))
     assert list(obstacles(model)) == ["layers.1"]
     assert (model(*call).sample - expected).abs().max() <= 1e-5
+    context, mask = given[0]
+    assert mask.all() and not context[1].any() and torch.equal(context[0], call[2][0])
 
 
 # ---- gradient checkpointing and torch.compile ------------------------------------------------------------------------
@@ -675,6 +687,48 @@ def test_blip3o(checkpointing: bool) -> None:
     assert type(unfuse(fast).model) is BLIP3oNetwork and fast.model.gradient_checkpointing is checkpointing
 
 
+class Backbone(nn.Module):
+    """A stand-in of BLIP3-o: a frozen backbone, learned queries, and the network that their states condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.TransformerEncoderLayer(24, 2, 32, dropout=0.0, batch_first=True).requires_grad_(False)
+        self.queries = nn.Parameter(torch.randn(8, 24))
+        self.dit = NextDiTCrossAttn()
+
+    def forward(self, prompt: Tensor, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = torch.cat([prompt, self.queries.expand(prompt.shape[0], -1, -1)], dim=1)
+        context = self.backbone(tokens)[:, -len(self.queries) :]
+        context.retain_grad()
+        return self.dit(x, timestep, context), context
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_inside_another_model(checkpointing: bool) -> None:
+    """20 steps: loss and gradient of the context as stock; the frozen part stays."""
+    stock: Any = randomise(Backbone()).train()
+    fast = fuse(copy.deepcopy(stock))
+    batches = [(torch.randn(2, 5, 24), torch.randn(2, 6, 4, 4), torch.rand(2) * 1000) for _ in range(20)]
+    runs = []
+    for model in (stock, fast):
+        if checkpointing:
+            model.dit.model.gradient_checkpointing = True
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        run = []
+        for prompt, x, timestep in batches:
+            optimizer.zero_grad()
+            out, context = model(prompt, x, timestep)
+            loss = (out - x).square().mean()
+            loss.backward()
+            optimizer.step()
+            run.append((loss.item(), context.grad))
+        runs.append(run)
+        assert model.queries.grad is not None and model.backbone.linear1.weight.grad is None
+    for (loss, grad), (wanted, wanted_grad) in zip(runs[1], runs[0], strict=True):
+        assert abs(loss - wanted) <= 1e-5
+        assert (grad - wanted_grad).norm() <= 1e-4 * wanted_grad.norm()
+
+
 def test_every_network_of_a_module_is_found(caplog: pytest.LogCaptureFixture) -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -762,6 +816,15 @@ def compiled_in_place() -> Any:
     return model
 
 
+def sharded() -> Any:
+    """As `fully_shard` leaves it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    model = build()
+    model.__class__ = type("FSDPLuminaNextDiT2DModel", (FSDPModule, LuminaNextDiT2DModel), {})
+    return model
+
+
 def parametrized() -> Any:
     model = build()
     nn.utils.parametrize.register_parametrization(model, "pad_token", Negated())
@@ -777,6 +840,7 @@ def parametrized() -> Any:
         (compiled_in_place, "is compiled"),
         (lambda: torch.compile(build()), "is compiled"),
         (parametrized, "is parametrized"),
+        (sharded, "is sharded"),
     ],
 )
 def test_a_network_that_cannot_be_fused_is_refused_by_name(make: Any, message: str) -> None:
