@@ -16,15 +16,18 @@ __all__ = [
     "BLIP3oConfig",
     "BLIP3oDiT",
     "__version__",
+    "compare",
     "data",
     "debug_ops",
     "evaluation",
     "flow",
+    "fuse",
     "models",
     "ops",
     "sample",
     "sampling",
     "training",
+    "unfuse",
     "use_backend",
 ]
 
@@ -32,14 +35,19 @@ __all__ = [
 _NAMES = {
     "BLIP3oConfig": "blip3o_fast.models.config",
     "BLIP3oDiT": "blip3o_fast.models.nextdit",
+    "compare": "blip3o_fast.models.compare",
     "debug_ops": "blip3o_fast.ops",
+    "fuse": "blip3o_fast.models.fuse",
     "sample": "blip3o_fast.sampling.sampler",
+    "unfuse": "blip3o_fast.models.fuse",
     "use_backend": "blip3o_fast.ops",
 }
 
 if TYPE_CHECKING:
     from . import data, evaluation, flow, models, ops, sampling, training
+    from .models.compare import compare
     from .models.config import BLIP3oConfig
+    from .models.fuse import fuse, unfuse
     from .models.nextdit import BLIP3oDiT
     from .ops import debug_ops, use_backend
     from .sampling.sampler import sample

@@ -14,7 +14,7 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_train import train
-from blip3o_fast.cli_verbs import demo, evaluate, extract, sample, show_env, warmup
+from blip3o_fast.cli_verbs import compare, demo, evaluate, extract, sample, show_env, warmup
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -54,6 +54,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "demo": demo,
+    "compare": compare,
     "warmup": warmup,
     "env": show_env,
 }
@@ -113,7 +114,8 @@ def normalized(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's) and return the exit code: 0, 2 for an error, 130 for Ctrl-C.
+    """Run a command line (default: this process's) and return the exit code: 0, 1 for a check that failed, 2 for
+    an error, 130 for Ctrl-C.
 
     What the layers below refuse (ValueError, a missing file, a missing optional library) becomes one `error:` line,
     with a `hint:` line where there is something to do about it. BLIP3O_FAST_TRACEBACK=1 shows the traceback instead.

@@ -169,6 +169,31 @@ def warmup(
     typer.echo(run_warmup(WarmupSettings(**given)))
 
 
+def compare(
+    path: Annotated[Path, typer.Argument(help="A folder of diffusers: a LuminaNextDiT2DModel's or a pipeline's.")],
+    tolerance: Annotated[float, option("tolerance", "Of the largest difference; past it the exit code is 1.")] = 1e-4,
+    json: Annotated[Path | None, option("json", "A JSON file for the numbers.")] = None,
+    batch_size: Annotated[int, option("batch_size", "Samples of the random inputs.")] = 1,
+    context_tokens: Annotated[int, option("context_tokens", "Tokens of the random context.")] = 64,
+    rounds: Annotated[int, option("rounds", "Timed calls of each, in turn.")] = 5,
+    seed: Annotated[int, option("seed", "Of the inputs.")] = 0,
+) -> None:
+    """Run a stock network and the same one fused on random inputs: difference, error against fp64, time.
+
+    Example:
+
+      blip3o-fast compare models/lumina --tolerance 1e-4 --json compare.json
+    """
+    given = locals()
+    from blip3o_fast.models.compare_folder import CompareSettings, compare_folder
+
+    found, within = compare_folder(CompareSettings(**given))
+    typer.echo(found)
+    if not within:
+        typer.echo(f"the largest difference is past the tolerance of {tolerance:g}", err=True)
+        raise typer.Exit(1)
+
+
 def demo(
     output_dir: Annotated[Path, option("output_dir", "Where everything lands.")] = Path("runs/demo"),
     images: Annotated[str, option("images", "A folder of 32 or more pictures, instead of fetching some.")] = "",

@@ -12,7 +12,7 @@ import typer
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
-VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "warmup")
+VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "compare", "warmup")
 
 
 def command(*argv: str) -> "subprocess.CompletedProcess[str]":
@@ -80,6 +80,7 @@ def settings_class(verb: str) -> type:
     from blip3o_fast.demo.run import DemoSettings
     from blip3o_fast.evaluation.evaluate import EvaluateSettings
     from blip3o_fast.evaluation.samples import SampleSettings
+    from blip3o_fast.models.compare_folder import CompareSettings
     from blip3o_fast.models.warmup import WarmupSettings
     from blip3o_fast.training.arguments import TrainSettings
 
@@ -88,11 +89,12 @@ def settings_class(verb: str) -> type:
         "sample": SampleSettings,
         "evaluate": EvaluateSettings,
         "demo": DemoSettings,
+        "compare": CompareSettings,
         "warmup": WarmupSettings,
     }[verb]
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "warmup"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "compare", "warmup"])
 def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     def plain(value: object) -> object:
         return str(value) if isinstance(value, Path) else value

@@ -68,7 +68,7 @@ def make_embeddings(folder: Path, count: int, condition_dim: int, target_dim: in
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks in order, on tiny sizes: trained weights are written, then loaded and sampled from."""
-    training, sampling = check_docs.python_blocks(ROOT / "README.md")
+    training, sampling, _ = check_docs.python_blocks(ROOT / "README.md")
     assert len(training.splitlines()) <= 20 and len(sampling.splitlines()) <= 12
     for given, tiny in (
         ('preset("small", cross_attention_dim=1280)', 'preset("tiny")'),
@@ -94,6 +94,21 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     features, held_out = scope["features"], scope["held_out"]
     assert features.shape == held_out.targets.shape == (4, 64, 20)
     assert features.isfinite().all()
+
+
+def test_the_drop_in_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import LuminaNextDiT2DModel
+
+    _, _, drop_in = check_docs.python_blocks(ROOT / "README.md")
+    sizes = {"sample_size": 8, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 2}
+    network = LuminaNextDiT2DModel(**sizes, multiple_of=16, cross_attention_dim=24)
+    torch.nn.init.normal_(network.pad_token)  # uninitialised memory otherwise
+    network.save_pretrained(tmp_path / "runs" / "lumina")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(compile(drop_in, "README drop-in", "exec"), scope)
+    assert type(scope["fast"]) is not type(scope["stock"]) is LuminaNextDiT2DModel
+    assert scope["result"].difference.max_abs <= 1e-5
 
 
 def test_continuous_integration_runs_what_the_readme_says() -> None:

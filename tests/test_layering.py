@@ -20,7 +20,7 @@ LAYERS = {
     "testing": set(),
     "timing": set(),
     "ops": BELOW_OPS,
-    "models": {"ops", "kernels", "env"},
+    "models": {"ops", "kernels", "timing", "env"},
     "flow": {"ops", "env"},
     "sampling": {"models", "flow", "ops", "env"},
     "data": {"models", "env"},

@@ -11,15 +11,18 @@ TOP = {
     "BLIP3oConfig",
     "BLIP3oDiT",
     "__version__",
+    "compare",
     "data",
     "debug_ops",
     "evaluation",
     "flow",
+    "fuse",
     "models",
     "ops",
     "sample",
     "sampling",
     "training",
+    "unfuse",
     "use_backend",
 }
 OPS = {

@@ -58,17 +58,17 @@ def untouched(module: nn.Module) -> bool:
     return not hooks and "forward" not in module.__dict__
 
 
-def _dense(weight: Tensor | None) -> bool:
+def dense(weight: Tensor | None) -> bool:
     return weight is None or type(weight) in (nn.Parameter, Tensor) or isinstance(weight, FakeTensor)
 
 
 def plain_linear(module: Any) -> bool:
     """An `nn.Linear` whose weight may be read instead of calling it."""
-    return type(module) is nn.Linear and untouched(module) and _dense(module.weight)
+    return type(module) is nn.Linear and untouched(module) and dense(module.weight)
 
 
 def _plain_norm(module: Any) -> bool:
-    return module is None or (type(module) in PLAIN_NORMS and untouched(module) and _dense(module.weight))
+    return module is None or (type(module) in PLAIN_NORMS and untouched(module) and dense(module.weight))
 
 
 def _norms(block: Any) -> tuple[Any, ...]:
