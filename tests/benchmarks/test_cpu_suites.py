@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import cpu_block, cpu_goals, storage_quality, table
+from benchmarks import cpu_block, cpu_goals, sampling_run, storage_quality, table
 from benchmarks.harness import Settings, measure
 from benchmarks.ops import packed_linear
 from benchmarks.work import Absent, Work
@@ -91,3 +91,17 @@ def test_storages_are_judged_side_by_side(tmp_path, capsys):
         assert 0 == distance["fp32"] < distance["bf16"] < distance["int8"] < 0.2
     with pytest.raises(SystemExit):
         storage_quality.main([*arguments, "--rounds", "0"])
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:hidden_size 64 is narrower")
+def test_sampling_runs_give_the_same_samples(capsys):
+    arguments = ["--layers", "2", "--width", "64", "--steps", "2", "--rounds", "1"]
+    assert sampling_run.main(arguments) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    distance = {tuple(line[:2]): float(line[-1]) for line in lines}
+    assert set(distance) == {(d, side) for d in ("fp32", "bf16") for side in ("stock", "sample", "Sampler")}
+    assert distance["fp32", "stock"] == 0 < distance["fp32", "Sampler"] < 1e-4
+    assert max(distance["bf16", "sample"], distance["bf16", "Sampler"]) <= 2 * distance["bf16", "stock"]
+    with pytest.raises(SystemExit):
+        sampling_run.main(["--width", "100"])
