@@ -312,8 +312,8 @@ class _GatedResidualModulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gated_residual_modulate")
-        *grads, dnext_scale = run(_gated_residual_modulate_bwd, dh, dn, *ctx.saved_tensors, ctx.backend)
-        _, _, _, _, _, next_scale, _, _ = ctx.saved_tensors
+        saved = y, h, gate, weight, next_weight, next_scale, rstd_y, rstd_h = ctx.saved_tensors
+        *grads, dnext_scale = run(_gated_residual_modulate_bwd, dh, dn, *saved, ctx.backend)
         return *grads, None if next_scale is None else dnext_scale, None, None, None
 
 
