@@ -53,11 +53,11 @@ class Rows:
 
     def bound(
         self, suite: str, ours: str, theirs: str, limits: dict[str, Any], mode: str = "forward", **case: Any
-    ) -> Any:
+    ) -> float | None:
         """times_faster of ours at the ceiling: the two do the same multiplications."""
         mine, other = (self.find(suite, provider, mode, **case) for provider in (ours, theirs))
         limit = None if mine is None else ceiling(mine, limits)
-        return limit / other["gflops"] if limit and other is not None and other["gflops"] else None
+        return limit / float(other["gflops"]) if limit and other is not None and other["gflops"] else None
 
     def share(self, provider: str, limits: dict[str, Any], **case: Any) -> float | None:
         """Of the measured peak of multiply-adds, by one of packed_linear's products."""

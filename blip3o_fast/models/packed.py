@@ -55,7 +55,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class Snapshot:
-    """The modules and parameters of a block as they are, to find out in some 20 us whether they still are.
+    """The modules and parameters of a block as they are, to find out in some 10 us whether they still are.
 
     Noticed: another module, parameter, dtype, address or eps, a hook, and whatever counts up a parameter's version.
     """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import blip3o_fast
+from benchmarks.model_block import as_trained
 from blip3o_fast import BLIP3oConfig, BLIP3oDiT, _ext, sample, use_backend
 from blip3o_fast.flow.solvers import SOLVERS, evaluation_levels, integrate, sigma_grid
 from blip3o_fast.models.step_modulations import step_bytes
@@ -23,11 +24,7 @@ def network(seed: int = 0, **fields: object) -> BLIP3oDiT:
     """A small model as training leaves it: nothing is zero."""
     small = {"sample_size": 2, "in_channels": 8} | fields
     model = BLIP3oDiT(BLIP3oConfig.preset("tiny", **small)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    as_trained(model, torch.Generator().manual_seed(seed))
     return model
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.model_block import as_trained
 from blip3o_fast import BLIP3oConfig, BLIP3oDiT, _ext, sample, use_backend
 from blip3o_fast.models import eager
 from blip3o_fast.models.forward import project_context
@@ -20,11 +21,7 @@ needs_extension = pytest.mark.skipif(_ext.C is None, reason=_ext.ERROR or "built
 def make(seed: int = 0, **fields: object) -> BLIP3oDiT:
     """A small model as training leaves it: nothing is zero."""
     model = BLIP3oDiT(BLIP3oConfig.preset("tiny", **fields)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    as_trained(model, torch.Generator().manual_seed(seed))
     return model
 
 

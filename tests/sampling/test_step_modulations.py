@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.model_block import as_trained
 from blip3o_fast import BLIP3oConfig, BLIP3oDiT, _ext, use_backend
 from blip3o_fast.models import eager, step_modulations
 from blip3o_fast.models import forward as fused
@@ -20,11 +21,7 @@ TIMES = torch.tensor([1000.0, 640.0, 333.3, 20.0])
 def network(seed: int = 0, **fields: object) -> BLIP3oDiT:
     """A small model as training leaves it: nothing is zero."""
     model = BLIP3oDiT(BLIP3oConfig.preset("tiny", **fields)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    as_trained(model, torch.Generator().manual_seed(seed))
     return model
 
 
