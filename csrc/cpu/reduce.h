@@ -9,17 +9,20 @@ namespace BLIP3O_ISA {
 
 constexpr int sum_lanes = BLIP3O_VECTOR_BYTES;  // floats of four vectors
 
-struct Lanes {
-    float value[sum_lanes];
+template <int count>
+struct LanesOf {
+    float value[count];
 
     double sum() const {
-        double total[sum_lanes];
-        for (int j = 0; j < sum_lanes; ++j) total[j] = value[j];
-        for (int width = sum_lanes / 2; width > 0; width /= 2)
+        double total[count];
+        for (int j = 0; j < count; ++j) total[j] = value[j];
+        for (int width = count / 2; width > 0; width /= 2)
             for (int j = 0; j < width; ++j) total[j] += total[j + width];
         return total[0];
     }
 };
+
+using Lanes = LanesOf<sum_lanes>;
 
 // The sum of term(i) over 0 <= i < n. term must inline: a lambda over raw pointers.
 template <class Term>
