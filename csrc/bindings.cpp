@@ -20,8 +20,8 @@
 #include "cpu/flash_attention.h"
 #include "cpu/rms_norm_modulate.h"
 #include "cpu/swiglu.h"
-#include "huge_pages.h"
 #include "isa.h"
+#include "large_block.h"
 #include "parallel.h"
 #include "source_hash.h"
 #include "view_caster.h"
@@ -72,7 +72,12 @@ PYBIND11_MODULE(_C, m) {
     m.attr("isas") = py::cast(names);
     m.def("runs_here", [](int isa) { return isa >= 0 && isa < isa_count && isa_runs_here(isa); });
     m.def("pool_name", &pool_name);
-    m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+    py::class_<LargeBlock>(m, "LargeBlock", py::buffer_protocol())
+        .def(py::init<int64_t>(), py::arg("bytes"))
+        .def_buffer([](const LargeBlock& block) {
+            return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.bytes()));
+        });
+    m.def("large_blocks", [] { return std::make_tuple(large_blocks().in_use, large_blocks().kept); });
     m.attr("signatures") = py::dict();
 
     BLIP3O_BIND(rms_norm_modulate_fwd, "x", "weight", "scale", "y", "rstd", "eps");

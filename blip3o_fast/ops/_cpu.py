@@ -4,6 +4,7 @@ The extension holds every kernel once per instruction set. The best that the mac
 `use_isa` forces another, so that one machine can test all that it has.
 """
 
+import math
 from typing import Any, TypeAlias
 
 import torch
@@ -91,8 +92,9 @@ _LARGE = 8 << 20
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """`torch.empty` on the CPU; what is large in pages of 2 MB, where Linux gives them."""
-    made = torch.empty(shape, dtype=dtype)
-    if made.nbytes > _LARGE:
-        _ext.C.advise_huge_pages(made.data_ptr(), made.nbytes)
-    return made
+    """`torch.empty` on the CPU. What is large, csrc's pool gives: freed, it waits for the next of its size."""
+    count = math.prod(shape)
+    if count * dtype.itemsize <= _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    # The tensor keeps the block alive.
+    return torch.frombuffer(_ext.C.LargeBlock(count * dtype.itemsize), dtype=dtype).view(shape)

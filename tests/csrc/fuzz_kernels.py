@@ -239,7 +239,7 @@ def plain_functions(module: Any) -> Iterator[str]:
         for arguments in ((), *((junk,) for junk in (*JUNK, *HUGE, 0, 1)), (1, 2, 3)):
             try:
                 function(*arguments)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, MemoryError):
                 continue
             except Exception as error:
                 yield f"{name}{arguments!r}: {type(error).__name__}"

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from blip3o_fast import _ext
 
@@ -36,27 +35,11 @@ def test_any_call_runs_or_raises_thoroughly() -> None:
     fuzz(3000)
 
 
-def test_advice_about_memory_is_safe() -> None:
-    """Whatever the range: memory that is not there, that is smaller than a page, or none."""
-    if _ext.C is None:
-        pytest.skip(_ext.ERROR)
-    memory = torch.ones(1 << 20)
-    for address, size in (
-        (memory.data_ptr(), memory.nbytes),
-        (memory.data_ptr() + 3, 5),
-        (0, 0),
-        (memory.data_ptr(), -1),
-    ):
-        assert _ext.C.advise_huge_pages(address, size) in (True, False)
-    _ext.C.advise_huge_pages(1 << 46, 1 << 22)
-    assert torch.equal(memory, torch.ones(1 << 20))
-
-
 def test_every_kernel_tells_its_arguments() -> None:
     if _ext.C is None:
         pytest.skip(_ext.ERROR)
     kernels = {name for name in vars(_ext.C) if callable(getattr(_ext.C, name)) and name[0] != "_"}
-    assert set(_ext.C.signatures) == kernels - {"runs_here", "pool_name", "advise_huge_pages"}
+    assert set(_ext.C.signatures) == kernels - {"runs_here", "pool_name", "LargeBlock", "large_blocks"}
     for name, arguments in _ext.C.signatures.items():
         assert arguments, name
         assert {kind for _, kind in arguments} <= {"tensor", "int", "float", "bool"}, name
