@@ -41,21 +41,23 @@ def find_pictures(places: Sequence[Path], wanted: Collection[Name]) -> dict[Name
     What is nowhere, or cannot be read, is left out: whoever shows pictures can show a key instead.
     """
     found: dict[Name, Image] = {}
-    for place in places:
-        for source in _readable_sources(place):
-            missing = set(wanted) - found.keys()
-            if not missing:
-                return found
-            for picture in _readable_pictures(source):
-                # One tar among others is told by its name; a folder of pictures has none that the embeddings know.
-                names = [name for name in missing if name[1] == picture.key and name[0] in ("", source.name)]
-                if source.files:
-                    names = [name for name in missing if name[1] == picture.key]
-                for name in names:
-                    try:
-                        found[name] = decode(picture.data)
-                    except DamagedPictureError:
-                        continue
+    missing: dict[str, set[str]] = {}  # by key: the sources
+    for name, key in wanted:
+        missing.setdefault(key, set()).add(name)
+    for source in (source for place in places for source in _readable_sources(place)):
+        if not missing:
+            break
+        for picture in _readable_pictures(source):
+            sources = missing.get(picture.key, set())
+            # One tar among others is told by its name; the embeddings need not know that of a folder of pictures.
+            fitting = set(sources) if source.files else sources & {"", source.name}
+            try:
+                found |= {(name, picture.key): decode(picture.data) for name in fitting}
+            except DamagedPictureError:
+                continue
+            sources -= fitting
+            if not sources:
+                missing.pop(picture.key, None)
     return found
 
 

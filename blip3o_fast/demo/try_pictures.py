@@ -7,6 +7,7 @@ are what the model should have generated. The nearest pictures of the run's coll
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,14 +17,14 @@ import torch
 import typer
 from torch import Tensor
 
-from blip3o_fast.data.dataset import EmbeddingDataset, split_indices
+from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.encoders import Encoder, encoder_info, load_encoder
-from blip3o_fast.data.images import MAX_PICTURE_BYTES, DamagedPictureError, decode, find_sources
+from blip3o_fast.data.images import MAX_PICTURE_BYTES, DamagedPictureError, decode, find_sources, picture_files
 from blip3o_fast.data.shards import EncoderInfo, read_index
 from blip3o_fast.demo import fetch
-from blip3o_fast.demo.gallery import Name, directions, find_pictures, nearest
-from blip3o_fast.demo.try_sheet import Block, Cell, draw
-from blip3o_fast.evaluation.metrics import token_cosine
+from blip3o_fast.demo.gallery import find_pictures
+from blip3o_fast.demo.try_neighbours import Tried, block, collect, compare, describe, training_rows
+from blip3o_fast.demo.try_sheet import draw
 from blip3o_fast.evaluation.samples import SampleSettings, device_named, load_model
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling import prepare, sample
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from blip3o_fast.models.nextdit import BLIP3oDiT
 
 MAX_ROWS, MAX_NEIGHBOURS = 120, 20  # of one sheet: a PNG can be 65535 pixels high, and nobody looks at more
-# Features of the same picture differ by the dtype on disk (bfloat16: 0.4 %); of similar pictures by 30 % and more.
-_SAME = 0.01
 
 
 @dataclass(frozen=True)
@@ -95,44 +94,6 @@ class TrySettings:
         return Path("try.png") if self.model and self.embeddings_path else self.run / "try.png"
 
 
-@dataclass
-class Collection:
-    """The run's pictures: raw features, names, and which were trained on (None where that is not known)."""
-
-    path: Path
-    targets: Tensor  # [n, T, C]
-    mean: Tensor  # [C]
-    gallery: Tensor  # [n, C], directions of the targets
-    names: list[Name]
-    captions: list[str]
-    trained: set[int] | None
-
-
-@dataclass
-class Tried:
-    """One picture: rows of the collection nearest to its true features and to what was generated, best first.
-
-    similarities go with them. rank: by sample, the place of the first true neighbour in the generated order, from 1.
-    cosine: mean over tokens and samples of generated and true; mean_cosine: that of the collection's mean token, which
-    knows nothing of the picture.
-    """
-
-    path: Path
-    own: int | None  # its row, where it is in the collection
-    true: list[int]
-    true_similarity: list[float]
-    generated: list[list[int]]  # by sample
-    generated_similarity: list[list[float]]
-    rank: list[int]
-    cosine: float
-    mean_cosine: float
-
-    @property
-    def shared(self) -> list[int]:
-        """By sample: how many of the generated feature's neighbours are true ones."""
-        return [len(set(rows) & set(self.true)) for rows in self.generated]
-
-
 def try_pictures(settings: TrySettings, encoders: tuple[Encoder, Encoder] | None = None) -> list[Tried]:
     """Write the sheet, print what is on it, and return it.
 
@@ -163,7 +124,7 @@ def try_pictures(settings: TrySettings, encoders: tuple[Encoder, Encoder] | None
     ]
     shown = {row for one in tried for row in (*one.true, *sum(one.generated, []))}
     found = find_pictures(settings.images or picture_places(embeddings), {collection.names[row] for row in shown})
-    blocks = [_block(one, picture, collection, found) for one, picture in zip(tried, pictures, strict=True)]
+    blocks = [block(one, picture, collection, found) for one, picture in zip(tried, pictures, strict=True)]
     _write(settings.sheet, draw(blocks, f"{encoders[0].name} -> generated {encoders[1].name}"))
 
     for one in tried:
@@ -218,6 +179,21 @@ def picture_places(embeddings: Path) -> list[Path]:
     return [folder / "tars", fetch.fetched(folder / "pictures") or folder / "pictures"]
 
 
+def example_command(run: Path, images: str = "") -> str:
+    """The command line that tries a demo's run on a picture which it was not trained on.
+
+    images: the folder that the demo was given; "": the pictures were fetched.
+    """
+    rows = read_index(run / "embeddings")
+    trained = training_rows(run / "model", len(rows)) or set()
+    held_out = sorted(row.key for i, row in enumerate(rows) if i not in trained)
+    folder = Path(images) if images else fetch.fetched(run / "pictures")
+    files = [] if folder is None else picture_files(folder)
+    by_key = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}  # type: ignore[arg-type]
+    found = next((by_key[key] for key in held_out if key in by_key), "PICTURE")
+    return f"blip3o-fast try {shlex.quote(str(found))} --run {shlex.quote(str(run))}"
+
+
 def recorded_encoders(path: Path, config: Any, trust_remote_code: bool, device: str) -> tuple[Encoder, Encoder]:
     """The encoders that the embeddings name, loaded; ValueError where they are unknown or no longer the same."""
     infos = []
@@ -244,19 +220,6 @@ def recorded_encoders(path: Path, config: Any, trust_remote_code: bool, device: 
     where = device_named(device)
     first, second = (load_encoder(n, device=where, revision=r, trust_remote_code=trust_remote_code) for n, r in infos)
     return first, second
-
-
-def collect(path: Path, dataset: EmbeddingDataset, model_path: str | Path) -> Collection:
-    """The collection with its names, and the training split where the model's run.json tells it."""
-    # The shards know each picture's tar; a pickle knows only keys.
-    sources = [row.source for row in read_index(path)] if path.is_dir() else [""] * len(dataset)
-    mean = dataset.targets.mean((0, 1))
-    trained = None
-    record = read_run(Path(model_path)) if Path(model_path).is_dir() else None
-    if record and record["data"]["train"] + record["data"]["held_out"] == len(dataset):
-        trained = set(split_indices(len(dataset), record["settings"]["eval_split"])[0].tolist())
-    names = list(zip(sources, dataset.keys, strict=True))
-    return Collection(path, dataset.targets, mean, directions(dataset.targets, mean), names, dataset.captions, trained)
 
 
 def _check_widths(model: BLIP3oDiT, dataset: EmbeddingDataset, path: Path) -> None:
@@ -296,89 +259,6 @@ def _generate(model: BLIP3oDiT, condition: Tensor, settings: TrySettings) -> Ten
             ).float().cpu()
         )  # fmt: skip
     return torch.stack(samples)
-
-
-def compare(path: Path, target: Tensor, generated: Tensor, collection: Collection, count: int) -> Tried:
-    """One picture's ``target`` ``[T, C]`` and ``generated`` ``[S, T, C]`` against the collection."""
-    target = target.clone()  # of an inference tensor
-    queries = directions(torch.cat([target[None], generated]), collection.mean)
-    rows, similarities = nearest(queries, collection.gallery, len(collection.names))
-    first = int(rows[0, 0])
-    rank = (rows[1:] == first).int().argmax(1) + 1
-    rows, similarities = rows[:, :count], similarities[:, :count]
-    itself = (collection.targets[first] - target).norm() <= _SAME * target.norm()
-    mean = collection.mean.expand_as(target)
-    return Tried(
-        path=path,
-        own=first if itself else None,
-        true=rows[0].tolist(),
-        true_similarity=similarities[0].tolist(),
-        generated=rows[1:].tolist(),
-        generated_similarity=similarities[1:].tolist(),
-        rank=rank.tolist(),
-        cosine=token_cosine(generated, target.expand_as(generated)),
-        mean_cosine=token_cosine(mean[None], target[None]),
-    )
-
-
-# ---- what is told ---------------------------------------------------------------------------------------------------
-
-
-def _label(collection: Collection, row: int) -> str:
-    """A caption, else the key; without what a terminal or a figure would take for more than text."""
-    text = collection.captions[row] or collection.names[row][1]
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
-def _membership(one: Tried, collection: Collection) -> str:
-    if one.own is None:
-        return "not in the run's collection"
-    if collection.trained is None:
-        return "in the run's collection"
-    return "trained on" if one.own in collection.trained else "held out from training"
-
-
-def _facts(one: Tried, collection: Collection) -> list[str]:
-    """Does it work? Each number beside what knowing nothing of the picture would give."""
-    count, total = len(one.true), len(collection.names)
-    shared, rank = (" and ".join(map(str, numbers)) for numbers in (one.shared, one.rank))
-    first = "the picture itself" if one.own is not None else "the first true neighbour"
-    return [
-        f"{shared} of {count} neighbours shared; by chance {count * count / total:.2g}",
-        f"{first} ranks {rank} of {total}; by chance {(total + 1) // 2}",
-        f"token cosine {one.cosine:.3f}; of the mean feature {one.mean_cosine:.3f}",
-    ]
-
-
-def describe(one: Tried, collection: Collection) -> list[str]:
-    """The lines about one picture on stdout."""
-
-    def listed(rows: list[int], similarities: list[float]) -> str:
-        parts = [f"{s:.2f} {_label(collection, row)[:40]}" for row, s in zip(rows, similarities, strict=True)]
-        return " | ".join(parts)
-
-    lines = [f"{one.path}: {_membership(one, collection)}"]
-    lines.append(f"  true neighbours       {listed(one.true, one.true_similarity)}")
-    for rows, similarities in zip(one.generated, one.generated_similarity, strict=True):
-        lines.append(f"  generated neighbours  {listed(rows, similarities)}")
-    return lines + [f"  {fact}" for fact in _facts(one, collection)]
-
-
-def _block(one: Tried, picture: Image, collection: Collection, found: dict[Name, Image]) -> Block:
-    def cells(rows: list[int], similarities: list[float], hits: set[int]) -> list[Cell]:
-        made = []
-        for row, similarity in zip(rows, similarities, strict=True):
-            name, label = collection.names[row], _label(collection, row)
-            text = f"the picture itself: {label}" if row == one.own else label
-            made.append(Cell(found.get(name), name[1], text, similarity, row in hits))
-        return made
-
-    lines = [one.path.name, _membership(one, collection), *_facts(one, collection)]
-    block = Block(picture, lines, [("nearest to its true features", cells(one.true, one.true_similarity, set()))])
-    for number, (rows, similarities) in enumerate(zip(one.generated, one.generated_similarity, strict=True), 1):
-        which = "" if len(one.generated) == 1 else f", sample {number} of {len(one.generated)}"
-        block.rows.append((f"nearest to what was generated{which}", cells(rows, similarities, set(one.true))))
-    return block
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -38,10 +38,10 @@ class Cell:
 
 @dataclass
 class Block:
-    """One picture of the user: the lines under it, and titled rows of cells, the true neighbours first."""
+    """One picture of the user: lines under it, each with what stands in grey below, and titled rows of cells."""
 
     picture: Image
-    lines: Sequence[str]
+    lines: Sequence[tuple[str, str]]
     rows: list[tuple[str, list[Cell]]] = field(default_factory=list)
 
 
@@ -49,7 +49,7 @@ def draw(blocks: Sequence[Block], headline: str) -> bytes:
     """PNG bytes."""
     from matplotlib.figure import Figure
 
-    columns = max(len(cells) for block in blocks for _, cells in block.rows)
+    columns = max(3, *(len(cells) for block in blocks for _, cells in block.rows))  # the headline needs three
     width = 2 * MARGIN + QUERY + columns * (GAP + BOX) + GAP
     heights = [len(block.rows) * ROW for block in blocks]
     height = MARGIN + HEADER + sum(heights) + BLOCK_GAP * (len(blocks) - 1) + MARGIN / 2
@@ -74,11 +74,11 @@ def draw(blocks: Sequence[Block], headline: str) -> bytes:
 def _draw_block(page: _Page, block: Block, top: float) -> None:
     page.text(MARGIN, top, "the picture", size=9, color=GREY)
     bottom = page.picture(block.picture, MARGIN, top + TITLE, QUERY, BLUE, 2.5)
-    for number, line in enumerate(block.lines):
-        bold = "bold" if number == 0 else "normal"
-        parts = textwrap.wrap(line, 38, max_lines=2, placeholder=" …")
-        page.text(MARGIN, bottom + 0.09, "\n".join(parts), size=8.5, weight=bold)
-        bottom += 0.15 * len(parts) + 0.04
+    y = bottom + 0.09
+    for number, (line, beside) in enumerate(block.lines):
+        page.text(MARGIN, y, _wrapped(line, 36, 1), size=8.5, weight="bold" if number == 0 else "normal")
+        page.text(MARGIN, y + 0.155, _wrapped(beside, 42, 1), size=7.5, color=GREY)
+        y += 0.355
     for row, (title, cells) in enumerate(block.rows):
         y, x = top + row * ROW, MARGIN + QUERY + 2 * GAP
         page.text(x, y, title, size=9, color=GREY)
@@ -107,10 +107,15 @@ class _Page:
     def __init__(self, figure: Any, width: float, height: float) -> None:
         self.figure, self.width, self.height = figure, width, height
 
-    def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Hanging below y. Nothing in it is mathematics: captions are anybody's words, dollar signs included."""
-        style = {"color": INK, "va": "top", "ha": "left", "linespacing": 1.1, "parse_math": False} | style
-        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+    def text(self, x: float, y: float, text: str, *, size: float, **style: Any) -> None:
+        """Lines hanging below y. Nothing in it is mathematics: captions are anybody's words, dollar signs included.
+
+        Placed by their baselines: the ink of "ace" and of "Äfg" begins at different heights.
+        """
+        style = {"color": INK, "va": "baseline", "parse_math": False} | style
+        for number, line in enumerate(text.split("\n")):
+            baseline = y + (0.93 + 1.22 * number) * size / 72
+            self.figure.text(x / self.width, 1 - baseline / self.height, line, size=size, **style)
 
     def box(self, x: float, y: float, wide: float, tall: float, frame: str, line: float) -> Any:
         place = (x / self.width, 1 - (y + tall) / self.height, wide / self.width, tall / self.height)
