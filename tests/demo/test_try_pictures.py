@@ -16,8 +16,9 @@ from blip3o_fast.cli import main
 from blip3o_fast.data.dataset import EmbeddingDataset, split_indices
 from blip3o_fast.data.encoders import load_encoder
 from blip3o_fast.data.extract import PICKLE, extract
-from blip3o_fast.data.images import decode, folder_pictures, picture_files, write_tars
+from blip3o_fast.data.images import Picture, decode, folder_pictures, picture_files, write_tars
 from blip3o_fast.demo import try_pictures as module
+from blip3o_fast.demo.gallery import find_pictures
 from blip3o_fast.demo.try_pictures import TrySettings, example_command, try_pictures
 from blip3o_fast.demo.try_sheet import Block, Cell, draw
 from blip3o_fast.models.config import BLIP3oConfig
@@ -295,3 +296,18 @@ def test_the_sheet_is_drawn_with_and_without_pictures() -> None:
     assert sizes[0][0] == sizes[1][0] and sizes[1][1] > 1.6 * sizes[0][1]
     colours = Image.open(io.BytesIO(pages[0])).convert("RGB").getcolors(1 << 20)
     assert {(255, 0, 0), (0, 158, 115), (0, 114, 178)} <= {colour for _, colour in colours}  # picture, hit, own frame
+
+
+def test_a_key_names_a_picture_within_its_tar(tmp_path: Path) -> None:
+    """Two tars use the same key: each source gets its own picture, and no source at all the first one."""
+    for seed in (1, 2):
+        data = draw_picture(tmp_path / f"{seed}.png", seed).read_bytes()
+        write_tars(iter([Picture("same", "", data, ".png")]), tmp_path / f"tars{seed}", 1)
+        shutil.copy(tmp_path / f"tars{seed}" / "00000.tar", tmp_path / f"{seed}.tar")
+    wanted = [("1.tar", "same"), ("2.tar", "same"), ("", "same"), ("3.tar", "same"), ("1.tar", "other")]
+    found = find_pictures([tmp_path / "nowhere", tmp_path], wanted)
+    expected = {
+        name: decode((tmp_path / f"{number}.png").read_bytes()).tobytes()
+        for name, number in ((wanted[0], 1), (wanted[1], 2), (wanted[2], 1))
+    }
+    assert {name: picture.tobytes() for name, picture in found.items()} == expected
