@@ -14,6 +14,7 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_train import train
+from blip3o_fast.cli_try import try_pictures
 from blip3o_fast.cli_verbs import compare, demo, evaluate, extract, sample, show_env, warmup
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
@@ -54,6 +55,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "demo": demo,
+    "try": try_pictures,
     "compare": compare,
     "warmup": warmup,
     "env": show_env,

@@ -12,7 +12,7 @@ import typer
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
-VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "compare", "warmup")
+VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "try", "compare", "warmup")
 
 
 def command(*argv: str) -> "subprocess.CompletedProcess[str]":
@@ -78,6 +78,7 @@ def test_hyphens_in_flags_are_underscores(argv: list[str], expected: list[str]) 
 
 def settings_class(verb: str) -> type:
     from blip3o_fast.demo.run import DemoSettings
+    from blip3o_fast.demo.try_pictures import TrySettings
     from blip3o_fast.evaluation.evaluate import EvaluateSettings
     from blip3o_fast.evaluation.samples import SampleSettings
     from blip3o_fast.models.compare_folder import CompareSettings
@@ -89,12 +90,13 @@ def settings_class(verb: str) -> type:
         "sample": SampleSettings,
         "evaluate": EvaluateSettings,
         "demo": DemoSettings,
+        "try": TrySettings,
         "compare": CompareSettings,
         "warmup": WarmupSettings,
     }[verb]
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "compare", "warmup"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "try", "compare", "warmup"])
 def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     def plain(value: object) -> object:
         return str(value) if isinstance(value, Path) else value

@@ -25,6 +25,7 @@ PACKAGE = "tuxpaint-stamps-default"
 HUB_DATASET, HUB_FILE, HUB_PICTURES = "BLIP3o/BLIP3o-Pretrain-Short-Caption", "00000.tar", 800
 MIN_PICTURES = 32
 PER_TAR = 200
+_DONE = "whole"  # the file that names the folder of fetched pictures, written last
 _VARIANT = re.compile(r"_(mirror|flip|mirrorflip)$")  # drawn by hand for Tux Paint's mirror and flip buttons
 _HINT = "\nhint: make demo IMAGES=folder takes your own pictures (at least 32; a caption in a .txt beside each is used)"
 
@@ -57,9 +58,9 @@ def pictures_to_tars(images: str, cache: Path, tars: Path) -> int:
 def fetch(cache: Path) -> Path:
     """A folder of captioned pictures below `cache`: from Debian's archive, else from the hub. ValueError if neither."""
     cache = cache.resolve()  # the programs below run in folders of their own
-    done = cache / "whole"
-    if done.is_file():
-        return cache / done.read_text()
+    done = cache / _DONE
+    if (before := fetched(cache)) is not None:
+        return before
     cache.mkdir(parents=True, exist_ok=True)
     reasons = []
     for name, get in (("stamps", _from_debian), ("hub", _from_hub)):
@@ -73,10 +74,16 @@ def fetch(cache: Path) -> Path:
             continue
         shutil.rmtree(cache / name, ignore_errors=True)
         os.replace(beside, cache / name)
-        (cache / "whole.part").write_text(name)
-        os.replace(cache / "whole.part", done)
+        (cache / f"{_DONE}.part").write_text(name)
+        os.replace(cache / f"{_DONE}.part", done)
         return cache / name
     raise ValueError(f"no pictures could be fetched ({'; '.join(reasons)}){_HINT}")
+
+
+def fetched(cache: Path) -> Path | None:
+    """The folder that an earlier `fetch` gave; None where nothing was fetched."""
+    done = cache / _DONE
+    return cache / done.read_text() if done.is_file() else None
 
 
 def _from_debian(folder: Path) -> None:

@@ -79,7 +79,7 @@ def retrieval_sheet(rows: Sequence[dict[str, Any]]) -> bytes:
     titles = ["condition", "nearest true\nneighbour", *(f"generated:\nnearest #{i + 1}" for i in range(found))]
     for cells, row in zip(grid, rows, strict=True):
         _cell(cells[0], row["condition"], BLUE)
-        cells[0].set_xlabel(row["caption"][:26], fontsize=8)
+        cells[0].set_xlabel(row["caption"][:26], fontsize=8, parse_math=False)  # a dollar sign is a dollar sign
         _cell(cells[1], row["neighbour"], None)
         for cell, (picture, itself) in zip(cells[2:], row["generated"], strict=True):
             _cell(cell, picture, GREEN if itself else None)

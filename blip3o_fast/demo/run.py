@@ -18,10 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blip3o_fast import __version__
-from blip3o_fast.data.images import Skipped, decode, find_sources, tar_pictures
+from blip3o_fast.data.images import find_sources
 from blip3o_fast.demo import fetch, plots
+from blip3o_fast.demo.gallery import directions, find_pictures, nearest
 from blip3o_fast.demo.report import Report, headline, render
 from blip3o_fast.demo.stages import Stages, write_text
+from blip3o_fast.demo.try_pictures import example_command
 
 STAGES = ("pictures", "extract", "train", "sample", "compare", "report")
 # (condition, target) encoders by what `--encoders` says.
@@ -110,7 +112,8 @@ def run_demo(settings: DemoSettings) -> dict[str, float]:
         metrics = _read(folder / "evaluation.json") | _read(folder / "comparison.json")
         metrics |= {k.removeprefix("eval_"): v for k, v in _last_evaluation(model).items() if "over_linear" in k}
         write_text(metrics_file, json.dumps(metrics, indent=1, sort_keys=True))
-        page = Report(metrics, _facts(settings, metrics), _figures(folder, metrics), stages.commands, stages.seconds)
+        commands = [*stages.commands, example_command(folder, settings.images)]
+        page = Report(metrics, _facts(settings, metrics), _figures(folder, metrics), commands, stages.seconds)
         for name, png in page.figures.items():
             (folder / f"{name}.png").write_bytes(png)
         write_text(folder / "report.html", render(page))
@@ -121,6 +124,7 @@ def run_demo(settings: DemoSettings) -> dict[str, float]:
     for name, value, meaning in headline(metrics):
         typer.echo(f"  {name:24}{value:>9}   {meaning}")
     typer.echo(f"\nreport: {(folder / 'report.html').resolve()}")
+    typer.echo(f"try it: {example_command(folder, settings.images)}")
     return metrics
 
 
@@ -233,18 +237,14 @@ def _sheet(folder: Path, rows: int = 8, found: int = 4) -> bytes:
     assert held_out is not None, "the samples are of the held-out split"
     generated = load_file(folder / "samples.safetensors")["generated"]
     mean = train.targets.mean((0, 1))
-
-    def pooled(tokens: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(tokens.mean(1) - mean, dim=-1)
-
-    gallery, found = pooled(held_out.targets), min(found, len(held_out))
+    gallery, found = directions(held_out.targets, mean), min(found, len(held_out))
     owns = torch.linspace(0, len(generated) - 1, min(rows, len(generated))).long().tolist()
     true_similarity = gallery @ gallery.T
     true_similarity.fill_diagonal_(-2)  # a picture is not its own neighbour
     neighbours = true_similarity[owns].argmax(1).tolist()
-    nearest = (pooled(generated[owns]) @ gallery.T).topk(found).indices.tolist()
+    near = nearest(directions(generated[owns], mean), gallery, found)[0].tolist()
     keys, captions = held_out.keys, held_out.captions
-    pictures = _pictures(folder / "tars", set(keys))
+    pictures = {key: picture for (_, key), picture in find_pictures([folder / "tars"], [("", k) for k in keys]).items()}
     return plots.retrieval_sheet(
         [
             {
@@ -253,15 +253,9 @@ def _sheet(folder: Path, rows: int = 8, found: int = 4) -> bytes:
                 "neighbour": pictures[keys[neighbour]],
                 "generated": [(pictures[keys[i]], i == own) for i in row],
             }
-            for own, neighbour, row in zip(owns, neighbours, nearest, strict=True)
+            for own, neighbour, row in zip(owns, neighbours, near, strict=True)
         ]
     )
-
-
-def _pictures(tars: Path, keys: set[str]) -> dict[str, Any]:
-    """The pictures of these keys, decoded."""
-    sources = [picture for tar in sorted(tars.glob("*.tar")) for picture in tar_pictures(tar, Skipped())]
-    return {picture.key: decode(picture.data) for picture in sources if picture.key in keys}
 
 
 def _facts(settings: DemoSettings, metrics: dict[str, float]) -> dict[str, str]:
