@@ -69,8 +69,8 @@ class ShardConditions:
 
     def __init__(self, folder: Path, index: list[Row], indices: Tensor) -> None:
         self.folder, self.meta, self.indices = folder, read_meta(folder), indices
-        self.width, self.fingerprint = self.meta.condition.dim, fingerprint(folder)
         self._counts = {shard: len(positions) for shard, positions in positions_by_shard(folder, index).items()}
+        self.width, self.fingerprint = self.meta.condition.dim, fingerprint(folder)
         chosen = [index[i] for i in indices.tolist()]
         self.keys = [row.key for row in chosen]
         self._places = [(row.shard, row.row) for row in chosen]
@@ -99,8 +99,6 @@ class ShardConditions:
 
         if self._open is None or self._open[0] != shard:
             path = self.folder / shard
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file, but {self.folder / INDEX} lists pictures of it")
             try:
                 stored = safe_open(path, framework="pt").get_slice("condition")
             except SafetensorError as error:
@@ -147,6 +145,8 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         digest.update((path / INDEX).read_bytes())
         files = [path / name for name in sorted({row.shard for row in read_index(path)})]
     for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file, but {path / INDEX} lists pictures of it; extract again")
         with open(file, "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             digest.update(size.to_bytes(8, "little"))

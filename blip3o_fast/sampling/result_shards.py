@@ -7,11 +7,13 @@
     samples_00001.safetensors     ...
 
 Row r of a shard belongs to the picture in row ``index[r]`` of the embeddings; a picture with n samples has n rows, one
-after the other. The names of the pictures are in the shard's metadata, as JSON under ``keys``.
+after the other. A shard's metadata has one entry, ``samples``: JSON with the names of its pictures (``keys``), how they
+were made (``made``, as in samples.json) and the digest of that. One entry, for safetensors writes several in a random
+order, and the same samples are to be the same bytes.
 
-A shard is written beside its place and renamed, so one that exists is whole, and carries the digest of samples.json. A
-run that was killed leaves whole shards and at most one unfinished file per process, which the next run overwrites. No
-process waits for another: which shard is whose follows from its number. One run at a time may use a folder.
+A shard is written beside its place and renamed, so one that exists is whole. A run that was killed leaves whole shards
+and at most one unfinished file per process, which the next run overwrites. No process waits for another: which shard is
+whose follows from its number. One run at a time may use a folder.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from blip3o_fast.data.shards import write_text
 
 FORMAT_VERSION = 1
 DESCRIPTION = "samples.json"
+ENTRY = "samples"
 _SHARD = re.compile(r"samples_[0-9]{5,9}\.safetensors")
 
 
@@ -74,9 +77,8 @@ class ResultFolder:
         path = self.folder / shard_name(number)
         beside = path.with_name(f".{path.name}.part")  # one name, so that killed runs do not pile up
         tensors = {"generated": generated.float().contiguous(), "index": index.contiguous()}
-        metadata = {name: str(value) for name, value in self.made.items()}
-        metadata |= {"digest": self.digest, "keys": json.dumps(keys, ensure_ascii=False)}
-        save_file(tensors, beside, metadata=metadata)
+        said = {"digest": self.digest, "made": self.made, "keys": keys}
+        save_file(tensors, beside, metadata={ENTRY: json.dumps(said, ensure_ascii=False)})
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -88,10 +90,9 @@ class ResultFolder:
 
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("digest") != self.digest:
-                    return None
-                return int(file.get_slice("index").get_shape()[0])
-        except (SafetensorError, OSError):
+                said = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
+                return int(file.get_slice("index").get_shape()[0]) if said.get("digest") == self.digest else None
+        except (SafetensorError, OSError, ValueError):
             return None
 
 
@@ -128,7 +129,7 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
     for number in range(len(counts)):
         with safe_open(path / shard_name(number), framework="pt") as file:
             parts.append((file.get_tensor("generated"), file.get_tensor("index")))
-            keys += json.loads(file.metadata()["keys"])
+            keys += json.loads(file.metadata()[ENTRY])["keys"]
     generated, index = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Results(generated, index, keys, made, description["told"])
 
