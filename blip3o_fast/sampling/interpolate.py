@@ -121,4 +121,5 @@ def _slerp(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     sine = torch.sin(angle)
     turned = (torch.sin((1 - w) * angle) * u + torch.sin(w * angle) * v) / sine.clamp_min(tiny)
     turned = turned * torch.lerp(long_a, long_b, w)
-    return torch.where(sine > 1e-9, turned, torch.lerp(a, b, w))
+    turns = (sine > 1e-9) & (long_a > 0) & (long_b > 0)
+    return torch.where(turns, turned, torch.lerp(a, b, w))

@@ -1,7 +1,6 @@
 """A folder of samples: what is in it, however it came to be: one process or two, in one go or killed in between."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from blip3o_fast import BLIP3oDiT, sample
+from blip3o_fast.cli import main
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.reader import open_conditions
 from blip3o_fast.ops._philox import normal_noise_at
@@ -142,22 +142,21 @@ def test_shares_of_any_number_of_processes_make_the_same_folder(served, model, w
     assert contents(folder) == contents(whole)
 
 
-def test_two_processes_of_the_command_make_what_one_makes(served, whole, tmp_path):
-    """torchrun's variables, and nothing else of it: the processes never meet."""
+def test_two_processes_of_the_command_make_what_one_makes(served, whole, tmp_path, monkeypatch, capsys):
+    """torchrun's variables, and nothing else of it: the processes, of which this is one, never meet."""
     folder = tmp_path / "f"
-    command = [sys.executable, "-m", "blip3o_fast", "sample", "--model", served / "model", "--split", "all"]
-    command += ["--embeddings_path", served / "embeddings", "--output_dir", folder, "--device", "cpu"]
-    command += ["--guidance_scale", "3", *(str(word) for name, value in FAST.items() for word in (f"--{name}", value))]
-    ranks = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"RANK": number, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-        )
-        for number in "01"
-    ]  # fmt: skip
-    printed = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], printed
-    assert "60 samples, guidance 3, 2 steps" in printed[0][0] and printed[1][0] == ""
+    flags = ["sample", "--model", served / "model", "--embeddings_path", served / "embeddings", "--split", "all"]
+    flags += ["--output_dir", folder, "--device", "cpu", "--guidance_scale", "3"]
+    flags = [str(word) for word in (*flags, *(w for name, value in FAST.items() for w in (f"--{name}", value)))]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-m", "blip3o_fast", *flags], **pipes) as first:
+        monkeypatch.setenv("RANK", "1")
+        assert main(flags) == 0
+        printed, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    assert "60 samples, guidance 3, 2 steps" in printed and capsys.readouterr().out == ""
     mine, theirs = contents(folder), contents(whole)
     told = [json.loads(both.pop("samples.json")) for both in (mine, theirs)]
     assert mine == theirs
