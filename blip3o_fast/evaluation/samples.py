@@ -145,6 +145,10 @@ def sample_to_folder(settings: SampleSettings) -> Path:
         others = "" if done.there == done.shards else "; other processes are still at work, or were stopped"
         print(f"{done.samples} samples, {_in_words(settings)}: {done.folder}")
         print(f"{done.there} of {done.shards} result shards are there{kept}{others}")
+        if done.shards < rank.world:
+            print(
+                f"note: {done.shards} shards for {rank.world} processes; a smaller --samples_per_shard shares the work"
+            )
     return done.folder
 
 

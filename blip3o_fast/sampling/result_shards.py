@@ -45,7 +45,7 @@ class ResultFolder:
     """A folder of results, made or continued.
 
     made: everything on which the samples depend, JSON values; a folder of others is refused by the names of what
-        differs, or emptied of them where `overwrite`. told: what a reader may want to know beside it (paths).
+        differs, or taken over where `overwrite`, which replaces its shards one by one. told: what a reader may want to know beside it (paths).
     """
 
     def __init__(self, folder: str | os.PathLike[str], made: dict[str, Any], told: dict[str, Any], overwrite: bool):
@@ -59,9 +59,11 @@ class ResultFolder:
         if found is not None and not overwrite:
             raise ValueError(f"{self.folder}: holds samples of other settings: {_difference(found, made)}{_HINT}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Every process may come here, some when others already write: only what is not ours goes, the description last.
+        # Every process may come here, some when others already write. So what will be written anyway is left to be
+        # replaced, and only the shards go that were more than there will be; the description comes last.
+        wanted = {shard_name(number) for number in range(len(shard_rows(made)))}
         for path in self.folder.iterdir():
-            if _SHARD.fullmatch(path.name) and self._rows(path) is None:
+            if _SHARD.fullmatch(path.name) and path.name not in wanted:
                 path.unlink(missing_ok=True)
         content = {"format_version": FORMAT_VERSION, "made": made, "told": told}
         write_text(self.folder / DESCRIPTION, json.dumps(content, indent=2) + "\n")

@@ -123,6 +123,18 @@ def test_no_more_than_a_batch_of_conditions_is_read_at_once(served, model, tmp_p
     assert reader.total == 0  # all is there
 
 
+def test_the_first_process_shows_how_far_and_how_fast(served, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    generate_from_dataset(model, served / "embeddings", tmp_path / "n", rank=Rank(1, 2), **FAST)
+    generate_from_dataset(model, served / "embeddings", tmp_path / "n", progress=False, rank=Rank(0, 4), **FAST)
+    assert capsys.readouterr() == ("", "")
+    generate_from_dataset(model, served / "embeddings", tmp_path / "n", **FAST)
+    out, err = capsys.readouterr()
+    steps = err.split("\r")
+    assert out == "" and "44/60" in steps[1]  # what was there counts as done, and not in the speed
+    assert "60/60" in steps[-1] and "sample/s" in steps[-1]
+
+
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
