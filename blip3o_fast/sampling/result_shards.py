@@ -44,8 +44,9 @@ def shard_name(number: int) -> str:
 class ResultFolder:
     """A folder of results, made or continued.
 
-    made: everything on which the samples depend, JSON values; a folder of others is refused by the names of what
-        differs, or taken over where `overwrite`, which replaces its shards one by one. told: what a reader may want to know beside it (paths).
+    made: everything on which the samples depend, JSON values. A folder of others is refused by the names of what
+        differs, or taken over where `overwrite`, which replaces its shards one by one.
+    told: what a reader may want to know beside it (paths).
     """
 
     def __init__(self, folder: str | os.PathLike[str], made: dict[str, Any], told: dict[str, Any], overwrite: bool):

@@ -41,12 +41,15 @@ def test_a_folder_is_judged_as_the_file_is(trained, tmp_path, capsys, each):
     # The interval and the number of steps are taken from the samples, so the unconditional ones are made alike.
     results = []
     for samples in (file, folder):
-        asked = settings_of(EvaluateSettings, trained, samples=samples, num_steps=4)
+        asked = settings_of(EvaluateSettings, trained, samples=samples, num_steps=4, seed=2)
         results.append(evaluate_checkpoint(asked))
         printed = capsys.readouterr().out
         assert "were made with num_steps 2, not 4" in printed and "with guidance_start 0.6, not 1.0" in printed
         assert ("note: the samples are 2 of each picture" in printed) == (each == 2)
     assert results[0] == pytest.approx(results[1], rel=1e-4) and results[0]["guidance_scale"] == 3.0
+    everywhere = evaluate_checkpoint(settings_of(EvaluateSettings, trained, seed=2))
+    for name in ("token_cosine_unconditional", "l2_distance_unconditional"):  # without a condition at every level
+        assert everywhere[name] == pytest.approx(results[0][name], rel=1e-5)
 
 
 def test_a_folder_of_other_pictures_or_unfinished_is_not_judged(trained, tmp_path):

@@ -54,7 +54,8 @@ def test_spherical_turns_at_a_constant_rate_and_keeps_lengths():
     assert torch.allclose(way[:, 1, 1], 3 + 2 * w, rtol=0, atol=1e-14)  # parallel
     assert torch.allclose(way[:, 2, 0], w, rtol=0, atol=1e-14)  # no direction at one end
     assert bool(torch.isfinite(way).all()) and (way[:, 3] - a[3]).abs().max() <= 1e-8
-    u, v = torch.randn(1, 7, dtype=torch.float64), torch.randn(1, 7, dtype=torch.float64)
+    u, v = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    assert torch.equal(conditions_between(u, v, w[[0, 4]], "spherical"), torch.stack([u, v]))
     way = torch.nn.functional.normalize(conditions_between(u, v, w, "spherical")[:, 0], dim=-1)
     between = (way[1:] * way[:-1]).sum(1)
     assert torch.allclose(between, between[:1].expand(4), rtol=0, atol=1e-14)
