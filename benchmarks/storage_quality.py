@@ -15,7 +15,8 @@ import torch
 from benchmarks import machine
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.evaluation.evaluate import judge
-from blip3o_fast.evaluation.samples import SampleSettings, generate, load_model
+from blip3o_fast.evaluation.samples import generate, load_model
+from blip3o_fast.evaluation.settings import SampleSettings
 from blip3o_fast.ops.packed_linear import STORAGE
 from blip3o_fast.sampling import prepare
 from blip3o_fast.testing import relative_l2
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"argument --rounds: must be at least 1, got {options.rounds}")
     model = load_model(options.model, torch.device("cpu"))
     settings = SampleSettings(options.model, options.embeddings_path, eval_split=options.eval_split)
+    run = settings.run()
 
     x = torch.randn(len(held_out), model.config.num_tokens, model.config.in_channels)
     condition = held_out.conditions if model.normalizer is None else model.normalizer.condition(held_out.conditions)
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
     stamp = machine.stamp()
     print(f"{stamp['cpu']['model']}, {stamp['threads']} threads, {stamp['isa']}, commit {stamp['commit']}")
-    print(f"{len(held_out)} held-out pictures, {settings.num_steps} steps, guidance {settings.guidance_scale:g}")
+    print(f"{len(held_out)} held-out pictures, {run['num_steps']} steps, guidance {run['guidance_scale']:g}")
     print(f"{'':8}{'ms/picture':>12}{'forward':>10}{'samples':>10}" + "".join(f"{name:>18}" for name in SCORES))
     for storage in STORAGE:
         scores = judge({"": generated[storage]}, held_out.targets, train.targets)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from blip3o_fast import __version__, env
+from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
 from blip3o_fast.cli_try import try_pictures
 from blip3o_fast.cli_verbs import compare, demo, evaluate, extract, sample, show_env, warmup
@@ -54,6 +55,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "interpolate": interpolate,
     "demo": demo,
     "try": try_pictures,
     "compare": compare,

@@ -11,6 +11,8 @@ import typer
 
 from blip3o_fast import env
 
+FOLDER = "A folder of results (--output_dir)"
+
 
 def option(name: str, text: str, panel: str | None = None) -> Any:
     return typer.Option(f"--{name}", help=text, rich_help_panel=panel)
@@ -78,30 +80,49 @@ def extract(
 def sample(
     model: Annotated[str, option("model", "A run's folder, a checkpoint's folder or a hub name.")],
     embeddings_path: Annotated[Path, option("embeddings_path", "The embeddings whose conditions are sampled.")],
-    output: Annotated[Path, option("output", "The file that is written.")] = Path("samples.safetensors"),
+    output: Annotated[Path | None, option("output", "The file that is written; else samples.safetensors.")] = None,
+    output_dir: Annotated[
+        Path | None,
+        option("output_dir", "Instead a folder, filled shard by shard; continued when it was interrupted.", FOLDER),
+    ] = None,
     split: Annotated[str, option("split", "eval, train or all.")] = "eval",
     eval_split: Annotated[float, option("eval_split", "As in training, or other pictures are held out.")] = 0.1,
     num_samples: Annotated[int | None, option("num_samples", "Only the first so many pictures of the split.")] = None,
-    num_steps: Annotated[int, option("num_steps", "ODE steps.")] = 30,
-    guidance_scale: Annotated[float, option("guidance_scale", "1 is none, 0 ignores the condition.")] = 2.0,
-    solver: Annotated[str, option("solver", "euler, midpoint, heun or ab2.")] = "euler",
-    batch_size: Annotated[int, option("batch_size", "Pictures at a time; changes nothing in the result.")] = 64,
+    num_samples_per_condition: Annotated[
+        int, option("num_samples_per_condition", "Samples of each picture, from different noise.")
+    ] = 1,
+    num_steps: Annotated[int | None, option("num_steps", "ODE steps; 30.")] = None,
+    guidance_scale: Annotated[float | None, option("guidance_scale", "1 is none, 0 ignores the condition; 2.")] = None,
+    solver: Annotated[str | None, option("solver", "euler, midpoint, heun or ab2; euler.")] = None,
+    guidance_start: Annotated[float | None, option("guidance_start", "Guide from this noise level on; 1.")] = None,
+    guidance_end: Annotated[float | None, option("guidance_end", "Guide down to this noise level; 0.")] = None,
+    batch_size: Annotated[int, option("batch_size", "Samples at a time; changes nothing in the result.")] = 64,
     seed: Annotated[int, option("seed", "Of the noise.")] = 0,
     device: Annotated[str, option("device", "auto, cpu or cuda.")] = "auto",
     storage: Annotated[
         str, option("storage", "Of the weights on a CPU: auto (exact), fp32, bf16, or int8 (fastest, approximate).")
     ] = "auto",
+    samples_per_shard: Annotated[int, option("samples_per_shard", "Samples in a file of the folder.", FOLDER)] = 4096,
+    overwrite: Annotated[
+        bool, option("overwrite", "Drop what the folder holds of other settings, weights or pictures.", FOLDER)
+    ] = False,
 ) -> None:
-    """Generate features for the conditions of a split, into one safetensors file.
+    """Generate features for the conditions of a split, into one safetensors file or a folder of them.
 
-    Example:
+    Examples:
 
       blip3o-fast sample --model runs/first --embeddings_path runs/embeddings --output runs/samples.safetensors
+
+      blip3o-fast sample --model runs/first --embeddings_path runs/embeddings --split all --output_dir runs/samples
+
+      torchrun --nproc_per_node 2 -m blip3o_fast sample --model runs/first --embeddings_path runs/embeddings
+      --output_dir runs/samples
     """
     given = locals()
-    from blip3o_fast.evaluation.samples import SampleSettings, sample_to_file
+    from blip3o_fast.evaluation.samples import run_sample
+    from blip3o_fast.evaluation.settings import SampleSettings
 
-    sample_to_file(SampleSettings(**given))
+    run_sample(SampleSettings(**given))
 
 
 def evaluate(
@@ -111,16 +132,20 @@ def evaluate(
     split: Annotated[str, option("split", "eval: the baselines are fitted on the rest.")] = "eval",
     eval_split: Annotated[float, option("eval_split", "As in training, or other pictures are held out.")] = 0.1,
     num_samples: Annotated[int | None, option("num_samples", "Only the first so many pictures of the split.")] = None,
-    num_steps: Annotated[int, option("num_steps", "ODE steps.")] = 30,
-    guidance_scale: Annotated[float, option("guidance_scale", "1 is none, 0 ignores the condition.")] = 2.0,
-    solver: Annotated[str, option("solver", "euler, midpoint, heun or ab2.")] = "euler",
+    num_steps: Annotated[int | None, option("num_steps", "ODE steps; 30.")] = None,
+    guidance_scale: Annotated[float | None, option("guidance_scale", "1 is none, 0 ignores the condition; 2.")] = None,
+    solver: Annotated[str | None, option("solver", "euler, midpoint, heun or ab2; euler.")] = None,
+    guidance_start: Annotated[float | None, option("guidance_start", "Guide from this noise level on; 1.")] = None,
+    guidance_end: Annotated[float | None, option("guidance_end", "Guide down to this noise level; 0.")] = None,
     batch_size: Annotated[int, option("batch_size", "Pictures at a time; changes nothing in the result.")] = 64,
     seed: Annotated[int, option("seed", "Of the noise.")] = 0,
     device: Annotated[str, option("device", "auto, cpu or cuda.")] = "auto",
     storage: Annotated[
         str, option("storage", "Of the weights on a CPU: auto (exact), fp32, bf16, or int8 (fastest, approximate).")
     ] = "auto",
-    samples: Annotated[Path | None, option("samples", "A file that `sample` wrote, instead of sampling again.")] = None,
+    samples: Annotated[
+        Path | None, option("samples", "A file or folder that `sample` wrote, instead of sampling again.")
+    ] = None,
     unconditional: Annotated[
         bool,
         typer.Option("--unconditional/--no_unconditional", help="Also sample without a condition, to compare."),

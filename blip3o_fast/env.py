@@ -22,6 +22,7 @@ VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "which GPUs torch sees",
     "HF_HOME": "where the hub client keeps its files",
     "HF_HUB_OFFLINE": "1: the hub client never touches the network",
+    "LOCAL_RANK": "number of this process on its machine, set by torchrun: which GPU is its",
     "MKL_NUM_THREADS": "threads of the CPU matrix products",
     "OMP_NUM_THREADS": "threads of torch on the CPU",
     "RANK": "number of this process, set by torchrun",

@@ -12,7 +12,7 @@ import typer
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
-VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "try", "compare", "warmup")
+VERBS = ("env", "extract", "train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "warmup")
 
 
 def command(*argv: str) -> "subprocess.CompletedProcess[str]":
@@ -80,7 +80,8 @@ def settings_class(verb: str) -> type:
     from blip3o_fast.demo.run import DemoSettings
     from blip3o_fast.demo.try_pictures import TrySettings
     from blip3o_fast.evaluation.evaluate import EvaluateSettings
-    from blip3o_fast.evaluation.samples import SampleSettings
+    from blip3o_fast.evaluation.interpolation import InterpolateSettings
+    from blip3o_fast.evaluation.settings import SampleSettings
     from blip3o_fast.models.compare_folder import CompareSettings
     from blip3o_fast.models.warmup import WarmupSettings
     from blip3o_fast.training.arguments import TrainSettings
@@ -89,6 +90,7 @@ def settings_class(verb: str) -> type:
         "train": TrainSettings,
         "sample": SampleSettings,
         "evaluate": EvaluateSettings,
+        "interpolate": InterpolateSettings,
         "demo": DemoSettings,
         "try": TrySettings,
         "compare": CompareSettings,
@@ -96,7 +98,9 @@ def settings_class(verb: str) -> type:
     }[verb]
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "try", "compare", "warmup"])
+@pytest.mark.parametrize(
+    "verb", ["train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "warmup"]
+)
 def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     def plain(value: object) -> object:
         return str(value) if isinstance(value, Path) else value
@@ -118,7 +122,7 @@ def test_extract_has_every_argument_with_its_default() -> None:
     assert expected["quiet"] is None
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "warmup"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "interpolate", "demo", "warmup"])
 def test_flags_are_named_as_their_settings(verb: str) -> None:
     import typer.main
 

@@ -22,23 +22,26 @@ LAYERS = {
     "ops": BELOW_OPS,
     "models": {"ops", "kernels", "timing", "env"},
     "flow": {"ops", "env"},
-    "sampling": {"models", "flow", "ops", "env"},
+    "sampling": {"data", "models", "flow", "ops", "env"},
     "data": {"models", "env"},
     "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "env"},
     "evaluation": {"sampling", "data", "models", "flow", "ops", "env"},
     "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
-    "cli": {"cli_train", "cli_try", "cli_verbs", "env"},
+    "cli": {"cli_interpolate", "cli_train", "cli_try", "cli_verbs", "env"},
+    "cli_interpolate": {"evaluation"},
     "cli_train": {"training", "env"},
     "cli_try": {"cli_verbs", "demo"},
     "cli_verbs": {"data", "evaluation", "demo", "models", "env"},
     "__main__": {"cli"},
 }
-# `data` knows of the models nothing but how features are normalised; `training` of the evaluation only its metrics; the
-# models of the kernels only how their launches are recorded and compiled ahead.
+# `data` knows of the models nothing but how features are normalised; sampling of the data where conditions come from;
+# `training` of the evaluation only its metrics; the models of the kernels only how their launches are recorded and
+# compiled ahead.
 ONLY = {
     ("models", "kernels"): {"_launch", "_compile"},
     ("data", "models"): {"normalizer"},
     ("training", "evaluation"): {"metrics"},
+    ("sampling", "data"): {"dataset", "reader", "shards"},
 }
 
 

@@ -64,7 +64,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         subset: int | None = None,
         seed: int = 42,
     ) -> None:
-        _check_arguments(split, eval_split, normalize, subset)
+        check_arguments(split, eval_split, normalize, subset)
         self._fill(path, _load(path), split, eval_split, normalize, subset, seed)
 
     @classmethod
@@ -81,7 +81,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
 
         ``subset`` counts for the train split only.
         """
-        _check_arguments("train", eval_split, normalize, subset)
+        check_arguments("train", eval_split, normalize, subset)
         loaded = _load(path)
         train, held_out = cls.__new__(cls), cls.__new__(cls)
         train._fill(path, loaded, "train", eval_split, normalize, subset, seed)
@@ -239,7 +239,7 @@ def _strings(path: Path, name: str, value: Any, count: int, fallback: str) -> li
     return [str(item) for item in listed]
 
 
-def _check_arguments(split: str, eval_split: float, normalize: str | FeatureNormalizers, subset: int | None) -> None:
+def check_arguments(split: str, eval_split: float, normalize: str | FeatureNormalizers, subset: int | None) -> None:
     """Before a large file is read."""
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}; allowed are {', '.join(map(repr, SPLITS))}")

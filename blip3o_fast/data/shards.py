@@ -234,20 +234,27 @@ def read_shards(folder: str | os.PathLike[str]) -> Features:
     meta, rows = read_meta(folder), read_index(folder)
     if not rows:
         raise ValueError(f"{folder / INDEX}: lists no picture; extraction has not finished a shard yet")
-    by_shard: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        by_shard.setdefault(row.shard, []).append(position)
+    by_shard = positions_by_shard(folder, rows)
     condition = torch.empty(len(rows), meta.tokens, meta.condition.dim)
     target = torch.empty(len(rows), meta.tokens, meta.target.dim)
     for name, positions in by_shard.items():
         numbers = [rows[p].row for p in positions]
-        if sorted(numbers) != list(range(len(numbers))):
-            raise ValueError(f"{folder / INDEX}: rows of {name} are not 0..{len(numbers) - 1}, each once")
         c, t = read_shard(folder / name, meta, len(numbers))
         take, put = torch.tensor(numbers), torch.tensor(positions)
         condition[put] = c[take].float()
         target[put] = t[take].float()
     return Features(condition, target, [r.key for r in rows], [r.caption for r in rows], meta)
+
+
+def positions_by_shard(folder: Path, rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Shard -> where its pictures stand in the index; ValueError where these are not all of them, each once."""
+    by_shard: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        by_shard.setdefault(row.shard, []).append(position)
+    for name, positions in by_shard.items():
+        if sorted(rows[p].row for p in positions) != list(range(len(positions))):
+            raise ValueError(f"{folder / INDEX}: rows of {name} are not 0..{len(positions) - 1}, each once")
+    return by_shard
 
 
 def read_shard(path: str | os.PathLike[str], meta: Meta, count: int) -> tuple[Tensor, Tensor]:

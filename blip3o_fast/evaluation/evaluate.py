@@ -23,15 +23,8 @@ from torch import Tensor
 
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.evaluation import baselines, metrics
-from blip3o_fast.evaluation.samples import (
-    Samples,
-    SampleSettings,
-    describe,
-    device_named,
-    generate,
-    load_model,
-    read_samples,
-)
+from blip3o_fast.evaluation.samples import Samples, generate, load_model, read_samples
+from blip3o_fast.evaluation.settings import DEFAULTS, SamplingSettings, device_named
 
 SYSTEMS = {
     "": "generated",
@@ -45,15 +38,15 @@ BETTER = {"l2_distance": "lower", "frechet_distance": "lower"}
 
 
 @dataclass
-class EvaluateSettings(SampleSettings):
+class EvaluateSettings(SamplingSettings):
     """What `blip3o-fast evaluate` is told: how to sample, and
 
-    samples: a file of `blip3o-fast sample` for the same embeddings, to be judged instead of sampling again.
+    samples: a file or folder of `blip3o-fast sample` for the same embeddings, to be judged instead of sampling again.
     output: a JSON file for the numbers, or None.
     unconditional: also sample without a condition (takes half as long again).
     """
 
-    output: str | Path | None = None  # type: ignore[assignment]
+    output: str | Path | None = None
     samples: str | Path | None = None
     unconditional: bool = True
 
@@ -64,6 +57,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> dict[str, float]:
     Raises ValueError or FileNotFoundError naming the flag or file, what was found and what is allowed.
     """
     settings.check()
+    settings = settings.resolved()
     if settings.split != "eval":
         raise ValueError(
             f"--split must be eval, got {settings.split!r}: the baselines are fitted on the training split"
@@ -73,7 +67,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> dict[str, float]:
         raise ValueError(
             f"--eval_split {settings.eval_split} of {len(train)} pictures leaves fewer than 2 to evaluate on"
         )
-    given = read_samples(settings.samples) if settings.samples is not None else None
+    given = read_samples(settings.samples, held_out) if settings.samples is not None else None
     if given is not None:
         _check_given(given, held_out, settings)
     model = None
@@ -88,9 +82,11 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> dict[str, float]:
     systems = {"": generated, **_baseline_predictions(train, held_out, count)}
     if settings.unconditional:
         assert model is not None
-        systems["_unconditional"] = generate(model, held_out, replace(settings, guidance_scale=0.0, num_samples=count))
+        without = replace(settings, guidance_scale=0.0, guidance_start=1.0, guidance_end=0.0, num_samples=count)
+        systems["_unconditional"] = generate(model, held_out, without)
     result = judge(systems, held_out.targets[:count], train.targets)
-    result |= {"pictures": float(count), "guidance_scale": settings.guidance_scale, "num_steps": settings.num_steps}
+    run = settings.run()
+    result |= {"pictures": float(count), "guidance_scale": run["guidance_scale"], "num_steps": run["num_steps"]}
     print(table(result))
     if settings.output is not None:
         _write(Path(settings.output), result)
@@ -158,11 +154,11 @@ def _check_given(given: Samples, held_out: EmbeddingDataset, settings: EvaluateS
             f"--samples {settings.samples}: its targets are not those of the eval split of {settings.embeddings_path} "
             f"with --eval_split {settings.eval_split}; it was made with {told}"
         )
-    mine = describe(settings)
-    for name in ("guidance_scale", "num_steps"):
-        if name in given.metadata and given.metadata[name] != mine[name]:
-            print(f"note: the samples were made with {name} {given.metadata[name]}, not {mine[name]}")
-            setattr(settings, name, type(getattr(settings, name))(given.metadata[name]))
+    for name, mine in settings.run().items():
+        made = type(DEFAULTS[name])(given.metadata.get(name, mine))
+        if made != mine:
+            print(f"note: the samples were made with {name} {made}, not {mine}")
+            setattr(settings, name, made)
 
 
 def table(result: dict[str, float]) -> str:

@@ -1,76 +1,31 @@
-"""Samples of a trained model for a split of embeddings, and the file that holds them.
+"""Samples of a trained model for a split of embeddings, and the file or folder that holds them.
 
 ``samples.safetensors`` has ``generated``, ``target`` and ``condition`` (float32 ``[n, T, *]``, raw feature space) and
-``index`` (int64 ``[n]``, rows of the embeddings); how they were made is in its metadata.
+``index`` (int64 ``[n]``, rows of the embeddings), a row per sample; how they were made is in its metadata. A folder
+(`sampling.result_shards`) leaves out targets and conditions, which the embeddings have.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.dataset import SPLITS, EmbeddingDataset
-from blip3o_fast.flow.solvers import check_solver
+from blip3o_fast.data.dataset import EmbeddingDataset
+from blip3o_fast.data.reader import fingerprint
+from blip3o_fast.evaluation.settings import OUTPUT, SampleSettings, SamplingSettings, device_named
 from blip3o_fast.models.nextdit import BLIP3oDiT
-from blip3o_fast.ops._philox import normal_noise_at
-from blip3o_fast.ops.packed_linear import STORAGE
-from blip3o_fast.sampling import prepare, sample
+from blip3o_fast.sampling import generate_from_dataset, prepare, sample
+from blip3o_fast.sampling.generate import noise_of
+from blip3o_fast.sampling.ranks import Rank
+from blip3o_fast.sampling.result_shards import read_results
 
 # What training writes beside model.safetensors in a checkpoint: the weights that the finished run would have.
 AVERAGED_WEIGHTS = "ema.safetensors"
-DEVICES = ("auto", "cpu", "cuda")
-
-
-@dataclass
-class SampleSettings:
-    """What `blip3o-fast sample` is told.
-
-    model: a run's folder, a checkpoint folder (its averaged weights are used where it has some) or a hub name.
-    embeddings_path: as in training; with the same ``eval_split`` the split is the one that training held out.
-    output: the file to write.
-    num_samples: the first so many pictures of the split; None: all.
-    guidance_scale: 1 is none, 0 ignores the condition. BLIP3-o samples with 3; embeddings score best near 2.
-    seed: of the noise, which belongs to (seed, picture): batch size and num_samples do not change it.
-    storage: of the weights while sampling on a CPU, see `sampling.prepare`; "auto" loses nothing.
-    """
-
-    model: str | Path
-    embeddings_path: str | Path
-    output: str | Path = "samples.safetensors"
-    split: str = "eval"
-    eval_split: float = 0.1
-    num_samples: int | None = None
-    num_steps: int = 30
-    guidance_scale: float = 2.0
-    solver: str = "euler"
-    batch_size: int = 64
-    seed: int = 0
-    device: str = "auto"
-    storage: str = "auto"
-
-    def check(self) -> None:
-        """ValueError naming the flag, before anything is loaded."""
-        for name in ("num_steps", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"--{name} must be a whole number >= 1, got {value!r}")
-        if self.num_samples is not None and (type(self.num_samples) is not int or self.num_samples < 1):
-            raise ValueError(f"--num_samples must be a whole number >= 1, got {self.num_samples!r}")
-        if not -100 < self.guidance_scale < 100:
-            raise ValueError(f"--guidance_scale must be a number between -100 and 100, got {self.guidance_scale!r}")
-        if self.split not in SPLITS:
-            raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {self.split!r}")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"--seed must be a whole number >= 0, got {self.seed!r}")
-        check_solver(self.solver)
-        if self.storage not in ("auto", *STORAGE):
-            raise ValueError(f"--storage must be one of {', '.join(('auto', *STORAGE))}, got {self.storage!r}")
-        device_named(self.device)
 
 
 @dataclass
@@ -82,15 +37,6 @@ class Samples:
     condition: Tensor
     index: Tensor
     metadata: dict[str, str]
-
-
-def device_named(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one."""
-    if name not in DEVICES:
-        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def load_model(path: str | Path, device: torch.device) -> BLIP3oDiT:
@@ -109,34 +55,47 @@ def load_model(path: str | Path, device: torch.device) -> BLIP3oDiT:
     return model.to(device).eval()
 
 
-def generate(model: BLIP3oDiT, dataset: EmbeddingDataset, settings: SampleSettings, *, progress: bool = True) -> Tensor:
-    """float32 ``[n, T, C]`` on the CPU, raw features, one per picture of a raw (un-normalised) dataset."""
+def generate(
+    model: BLIP3oDiT, dataset: EmbeddingDataset, settings: SamplingSettings, *, progress: bool = True
+) -> Tensor:
+    """float32 ``[n, T, C]`` on the CPU, raw features, of the pictures of a raw (un-normalised) dataset in its order."""
     device = next(model.parameters()).device
+    check_width(model, dataset, settings)
+    count = len(dataset) if settings.num_samples is None else min(settings.num_samples, len(dataset))
+    each = getattr(settings, "num_samples_per_condition", 1)
+    prepared = prepare(model, storage=settings.storage)
+    arguments = settings.run()
+    parts = []
+    with _bar(count * each, progress) as advance:
+        step = max(1, settings.batch_size // each)
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            shape = (model.config.num_tokens, model.config.in_channels)
+            noise = noise_of(settings.seed, dataset.indices[rows], each, shape)
+            generated = sample(
+                prepared,
+                dataset.conditions[rows].to(device),
+                noise=noise.to(device),
+                num_samples_per_condition=each,
+                **arguments,
+            )
+            parts.append(generated.float().cpu())
+            advance(len(parts[-1]))
+    return torch.cat(parts)
+
+
+def check_width(model: BLIP3oDiT, dataset: EmbeddingDataset, settings: SamplingSettings) -> None:
     width = model.config.cross_attention_dim if model.normalizer is None else model.normalizer.condition.in_features
     if dataset.conditions.shape[2] != width:
         raise ValueError(
             f"--embeddings_path {settings.embeddings_path}: conditions have {dataset.conditions.shape[2]} channels, "
             f"the model was trained on {width}"
         )
-    count = len(dataset) if settings.num_samples is None else min(settings.num_samples, len(dataset))
-    prepared = prepare(model, storage=settings.storage)
-    parts = []
-    with _bar(count, progress) as advance:
-        for start in range(0, count, settings.batch_size):
-            rows = slice(start, min(start + settings.batch_size, count))
-            shape = (model.config.num_tokens, model.config.in_channels)
-            noise = normal_noise_at(settings.seed, dataset.indices[rows], shape)
-            generated = sample(
-                prepared,
-                dataset.conditions[rows].to(device),
-                num_steps=settings.num_steps,
-                guidance_scale=settings.guidance_scale,
-                solver=settings.solver,
-                noise=noise.to(device),
-            )
-            parts.append(generated.float().cpu())
-            advance(len(parts[-1]))
-    return torch.cat(parts)
+
+
+def run_sample(settings: SampleSettings) -> Path:
+    """`sample_to_folder` where a folder is asked for, else `sample_to_file`."""
+    return sample_to_file(settings) if settings.output_dir is None else sample_to_folder(settings)
 
 
 def sample_to_file(settings: SampleSettings) -> Path:
@@ -145,28 +104,73 @@ def sample_to_file(settings: SampleSettings) -> Path:
     Raises ValueError or FileNotFoundError naming the flag or file, what was found and what is allowed.
     """
     settings.check()
-    output = Path(settings.output)
+    output = Path(OUTPUT if settings.output is None else settings.output)
+    world = Rank.here().world
+    if world > 1:
+        raise ValueError(
+            f"--output {output} is one file, which {world} processes cannot share; use --output_dir FOLDER, which "
+            "`evaluate --samples` takes as well"
+        )
     if output.is_dir():
-        raise ValueError(f"--output {output} is a folder; give the name of a file")
+        raise ValueError(f"--output {output} is a folder; give the name of a file, or use --output_dir")
     dataset = EmbeddingDataset(settings.embeddings_path, split=settings.split, eval_split=settings.eval_split)
     model = load_model(settings.model, device_named(settings.device))
     samples = Samples(generate(model, dataset, settings), *_truth(dataset, settings), describe(settings))
     write_samples(output, samples)
-    print(
-        f"{len(samples.generated)} samples, guidance {settings.guidance_scale:g}, {settings.num_steps} steps: {output}"
-    )
+    print(f"{len(samples.generated)} samples, {_in_words(settings)}: {output}")
     return output
 
 
+def sample_to_folder(settings: SampleSettings) -> Path:
+    """Generate this process's share of the split into the folder; returns its path.
+
+    Raises ValueError or FileNotFoundError naming the flag or file, what was found and what is allowed.
+    """
+    settings.check()
+    assert settings.output_dir is not None
+    told = {name: str(getattr(settings, name)) for name in ("model", "embeddings_path", "split", "eval_split")}
+    given = {f.name: getattr(settings, f.name) for f in fields(settings)} | settings.run()
+    for name in ("model", "embeddings_path", "output", "output_dir", "device"):
+        del given[name]
+    done = generate_from_dataset(
+        load_model(settings.model, device_named(settings.device)),
+        settings.embeddings_path,
+        settings.output_dir,
+        told=told,
+        **given,
+    )
+    rank = Rank.here()
+    if rank.speaks:
+        kept = f", {done.there - done.written} of them kept" if rank.world == 1 and done.there > done.written else ""
+        others = "" if done.there == done.shards else "; other processes are still at work, or were stopped"
+        print(f"{done.samples} samples, {_in_words(settings)}: {done.folder}")
+        print(f"{done.there} of {done.shards} result shards are there{kept}{others}")
+        if done.shards < rank.world:
+            print(
+                f"note: {done.shards} shards for {rank.world} processes; a smaller --samples_per_shard shares the work"
+            )
+    return done.folder
+
+
+def _in_words(settings: SamplingSettings) -> str:
+    run = settings.run()
+    return f"guidance {run['guidance_scale']:g}, {run['num_steps']} steps"
+
+
 def _truth(dataset: EmbeddingDataset, settings: SampleSettings) -> tuple[Tensor, Tensor, Tensor]:
-    count = settings.num_samples
-    return dataset.targets[:count], dataset.conditions[:count], dataset.indices[:count]
+    count, each = settings.num_samples, settings.num_samples_per_condition
+    target, condition, index = (
+        part[:count].repeat_interleave(each, 0) for part in (dataset.targets, dataset.conditions, dataset.indices)
+    )
+    return target, condition, index
 
 
 def describe(settings: SampleSettings) -> dict[str, str]:
     """What a samples file says about how it was made."""
-    names = ("model", "embeddings_path", "split", "eval_split", "num_steps", "guidance_scale", "solver", "seed")
-    return {name: str(getattr(settings, name)) for name in names}
+    names = ("model", "embeddings_path", "split", "eval_split", "seed", "num_samples_per_condition")
+    return {name: str(value) for name, value in settings.run().items()} | {
+        name: str(getattr(settings, name)) for name in names
+    }
 
 
 def write_samples(path: Path, samples: Samples) -> None:
@@ -188,11 +192,53 @@ def write_samples(path: Path, samples: Samples) -> None:
         beside.unlink(missing_ok=True)
 
 
-def read_samples(path: str | Path) -> Samples:
-    """Read and check a samples file; FileNotFoundError or ValueError naming it."""
+def read_samples(path: str | Path, dataset: EmbeddingDataset) -> Samples:
+    """Read and check a samples file or folder; of several samples of a picture the first.
+
+    dataset: the split that they are of; a folder's rows come in its order and with its targets and conditions.
+    Raises FileNotFoundError or ValueError naming the file or folder.
+    """
+    path = Path(path)
+    samples = _read_folder(path, dataset) if path.is_dir() else _read_file(path)
+    each = samples.metadata.get("num_samples_per_condition", "1")
+    if each == "1":
+        return samples
+    if not each.isdigit() or len(samples.index) % max(1, int(each)):
+        raise ValueError(f"--samples {path}: {len(samples.index)} rows are not {each!r} for each picture")
+    print(f"note: the samples are {each} of each picture; the first of them is judged")
+    first = slice(None, None, int(each))
+    return Samples(
+        samples.generated[first],
+        samples.target[first],
+        samples.condition[first],
+        samples.index[first],
+        samples.metadata,
+    )
+
+
+def _read_folder(path: Path, dataset: EmbeddingDataset) -> Samples:
+    results = read_results(path)
+    made, told = results.made, results.told
+    each, index = made["num_samples_per_condition"], results.index
+    count = len(index) // each
+    order = index[::each].argsort()
+    mine = dataset.indices[:count]
+    if made.get("embeddings") != fingerprint(dataset.path) or not torch.equal(index[::each][order], mine.sort().values):
+        raise ValueError(
+            f"--samples {path}: made of other embeddings or another split than the eval split of {dataset.path}; "
+            + ", ".join(f"{name} {told.get(name)}" for name in ("embeddings_path", "split", "eval_split"))
+        )
+    # The folder is in the order of the file, the split is not: row k of the split is the rank[k]-th of the folder.
+    rank = torch.searchsorted(index[::each].contiguous(), mine)
+    rows = (rank[:, None] * each + torch.arange(each)).flatten()
+    target, condition = (part[:count].repeat_interleave(each, 0) for part in (dataset.targets, dataset.conditions))
+    metadata = {name: str(value) for name, value in (told | made).items()}
+    return Samples(results.generated[rows], target, condition, index[rows], metadata)
+
+
+def _read_file(path: Path) -> Samples:
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--samples {path}: no such file; `blip3o-fast sample` writes one")
     try:
@@ -221,7 +267,7 @@ class _bar:
         if wanted and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc="sample", unit="picture")
+            self.bar = tqdm(total=total, desc="sample", unit="sample")
 
     def __enter__(self) -> Any:
         return (lambda count: None) if self.bar is None else self.bar.update

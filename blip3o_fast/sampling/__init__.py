@@ -1,7 +1,11 @@
-"""From conditions to features: `sample`; `Sampler`, made once for many runs; `prepare`, for many calls of a model."""
+"""From conditions to features: `sample`; `Sampler`, made once for many runs; `prepare`, for many calls of a model;
+`generate_from_dataset`, for a whole data set; `interpolate`, for what lies between two conditions.
+"""
 
 from blip3o_fast.sampling.engine import Sampler
+from blip3o_fast.sampling.generate import generate_from_dataset
+from blip3o_fast.sampling.interpolate import interpolate
 from blip3o_fast.sampling.prepared import PreparedModel, prepare
 from blip3o_fast.sampling.sampler import sample
 
-__all__ = ["PreparedModel", "Sampler", "prepare", "sample"]
+__all__ = ["PreparedModel", "Sampler", "generate_from_dataset", "interpolate", "prepare", "sample"]

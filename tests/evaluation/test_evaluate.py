@@ -12,10 +12,12 @@ from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.shards import EncoderInfo, Meta, ShardWriter
 from blip3o_fast.evaluation import evaluate, metrics, samples
 from blip3o_fast.evaluation.evaluate import EvaluateSettings, evaluate_checkpoint
-from blip3o_fast.evaluation.samples import SampleSettings, sample_to_file
+from blip3o_fast.evaluation.samples import sample_to_file
+from blip3o_fast.evaluation.settings import SampleSettings
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
+from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling.sampler import sample
 
 E, C, TOKENS, PICTURES = 10, 6, 16, 60
@@ -95,7 +97,7 @@ def test_a_samples_file_is_what_the_sampler_gives(folder, tmp_path):
     assert torch.equal(stored["target"], held_out.targets) and torch.equal(stored["index"], held_out.indices)
     assert torch.equal(stored["condition"], held_out.conditions)
     assert stored["generated"].shape == (12, TOKENS, C) and stored["generated"].dtype == torch.float32
-    noise = samples.normal_noise_at(5, held_out.indices, (TOKENS, 4))
+    noise = normal_noise_at(5, held_out.indices, (TOKENS, 4))
     model = BLIP3oDiT.from_pretrained(folder / "model")
     expected = sample(model, held_out.conditions, num_steps=2, guidance_scale=2.0, noise=noise)
     assert (stored["generated"] - expected).abs().max() <= 1e-5
