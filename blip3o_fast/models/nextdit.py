@@ -59,6 +59,7 @@ class BLIP3oDiT(
             raise ValueError(f"config must be a BLIP3oConfig or a dict of its fields, got {type(config).__name__}")
         self.config = config
         self.normalizer: Any = None
+        self.loaded_from: Path | None = None
         self.gradient_checkpointing = False
         self._checkpoint_kwargs: dict[str, Any] = {}
 

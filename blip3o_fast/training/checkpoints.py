@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.models.checkpoints import OUR_WEIGHTS, STOCK_WEIGHTS
+from blip3o_fast.models.reading import OUR_WEIGHTS, STOCK_WEIGHTS
 
 MARKER = "complete.json"
 RUN_FILE = "run.json"
