@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from blip3o_fast import __version__, env
+from blip3o_fast.cli_export import export
 from blip3o_fast.cli_train import train
 from blip3o_fast.cli_verbs import compare, demo, evaluate, extract, sample, show_env, warmup
 
@@ -55,6 +56,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "demo": demo,
     "compare": compare,
+    "export": export,
     "warmup": warmup,
     "env": show_env,
 }

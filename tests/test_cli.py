@@ -12,7 +12,7 @@ import typer
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
-VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "compare", "warmup")
+VERBS = ("env", "extract", "train", "sample", "evaluate", "demo", "compare", "export", "warmup")
 
 
 def command(*argv: str) -> "subprocess.CompletedProcess[str]":
@@ -114,6 +114,13 @@ def test_extract_has_every_argument_with_its_default() -> None:
     expected = {name: p.default for name, p in inspect.signature(extract).parameters.items()}
     assert flags == expected | {"quiet": False}
     assert expected["quiet"] is None
+
+
+def test_export_has_every_argument_with_its_default() -> None:
+    from blip3o_fast.models import export
+
+    flags = {name: p.default for name, p in inspect.signature(cli.VERBS["export"]).parameters.items()}
+    assert flags == {name: p.default for name, p in inspect.signature(export).parameters.items()}
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "warmup"])

@@ -1,4 +1,4 @@
-"""What a checkpoint may look like: files and shards of both kinds, sizes told by the shapes, and whose weights they are."""
+"""What a checkpoint may look like: files and shards of both kinds, sizes told by the shapes, and other networks."""
 
 import json
 from collections.abc import Callable
