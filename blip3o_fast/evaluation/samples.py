@@ -17,12 +17,11 @@ from torch import Tensor
 from blip3o_fast.data.dataset import SPLITS, EmbeddingDataset
 from blip3o_fast.flow.solvers import check_solver
 from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.models.reading import AVERAGED_WEIGHTS
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.ops.packed_linear import STORAGE
 from blip3o_fast.sampling import prepare, sample
 
-# What training writes beside model.safetensors in a checkpoint: the weights that the finished run would have.
-AVERAGED_WEIGHTS = "ema.safetensors"
 DEVICES = ("auto", "cpu", "cuda")
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip3o_fast.models import checkpoints, inputs
+from blip3o_fast.models import card, checkpoints, inputs
 from blip3o_fast.models import forward as fused
 from blip3o_fast.models.condition import PreparedCondition, prepare
 from blip3o_fast.models.config import BLIP3oConfig
@@ -23,13 +23,7 @@ from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
 from blip3o_fast.models.step_modulations import StepModulations, make_modulations
 
 
-class BLIP3oDiT(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="blip3o_fast",
-    license="apache-2.0",
-    tags=["flow-matching", "diffusion-transformer", "blip3-o"],
-):
+class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
     """The diffusion transformer: from x_t, a time and a context to the velocity (or noise) at x_t.
 
     config: a `BLIP3oConfig`, a dict that `BLIP3oConfig.from_dict` reads, or None for the defaults.
@@ -59,6 +53,7 @@ class BLIP3oDiT(
             raise ValueError(f"config must be a BLIP3oConfig or a dict of its fields, got {type(config).__name__}")
         self.config = config
         self.normalizer: Any = None
+        # Where the weights came from; only the model card asks.
         self.loaded_from: Path | None = None
         self.gradient_checkpointing = False
         self._checkpoint_kwargs: dict[str, Any] = {}
@@ -289,6 +284,20 @@ class BLIP3oDiT(
         for layer in self.layers:
             lay_out(layer)
         return result
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write weights, config.json, normalizer.safetensors and a model card; a card that was edited is left alone.
+
+        kwargs: as of `huggingface_hub.ModelHubMixin`; of these model_card_kwargs (here and in `push_to_hub`) holds
+            arguments of `models.card.build`: training, metrics, license, datasets, ...
+        """
+        folder = Path(save_directory)
+        card.forget(folder)
+        more = {"folder": folder} | (kwargs.pop("model_card_kwargs", None) or {})
+        return super().save_pretrained(folder, model_card_kwargs=more, **kwargs)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        return card.build(self, *args, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         checkpoints.save(self, Path(save_directory))
