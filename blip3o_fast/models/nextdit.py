@@ -318,11 +318,11 @@ class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> "BLIP3oDiT":
-        """A model in eval mode from a folder or a hub repository that we, diffusers or BLIP3-o wrote.
+        """A model in eval mode from a folder, a file or a hub repository that we, diffusers or BLIP3-o wrote.
 
-        config: instead of the folder's config.json (a BLIP3oConfig, a dict or a preset's name); needed for a whole
-            BLIP3-o checkpoint, whose config.json describes its language model.
-        torch_dtype: of the weights; None or "auto" keeps what the file has.
+        config: instead of config.json (a BLIP3oConfig, a dict or a preset's name). Where a BLIP3-o checkpoint has none,
+            or one that describes its language model, the sizes are told by the shapes.
+        torch_dtype: of the weights; None or "auto" keeps what the file has, of several dtypes the one that holds all.
         strict: False leaves missing weights at their initial values and ignores unexpected ones, with a warning.
         Raises ValueError with every missing, unexpected and mis-shaped name, grouped; FileNotFoundError where there
         are no weights. No pickle is executed: a `.bin` is read by `torch.load(weights_only=True)`.

@@ -6,6 +6,7 @@ executed: a `.bin` is read with `weights_only=True`.
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ def _what_is_there(folder: Path) -> str:
         return "there is no such folder"
     if (folder / "model_index.json").is_file():
         return f"{looked_for}; it is a pipeline of diffusers, whose network is in subfolder='transformer'"
+    whole = [step for step in folder.glob("checkpoint-*") if (step / CONFIG).is_file()]
+    if whole:
+        last = max(whole, key=lambda step: (len(step.name), step.name))
+        return f"{looked_for}; the run is not finished, its last checkpoint is {last}"
     others = sorted(file.name for file in folder.iterdir() if file.name.endswith(_SUFFIXES))
     others = [name for name in others if name != NORMALIZER]
     return f"{looked_for}; if {others[0]} is meant, give the file itself" if others else looked_for
@@ -135,7 +140,8 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        # Only torch's own archives can be mapped; files of before torch 1.6 are read.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         code = _code_in(file)
         if code:

@@ -81,6 +81,11 @@ def test_a_file_by_itself(name: str, beside: bool, model: BLIP3oDiT, tmp_path: P
     assert (loaded.normalizer is not None) == beside
 
 
+def test_a_bin_of_an_old_torch(model: BLIP3oDiT, tmp_path: Path) -> None:
+    torch.save(dict(model.state_dict()), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert_same(BLIP3oDiT.from_pretrained(tmp_path / "old.bin"), model)
+
+
 def test_the_file_of_a_training_program(model: BLIP3oDiT, tmp_path: Path) -> None:
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}, "step": 3}, tmp_path / "a.pt")
     assert_same(BLIP3oDiT.from_pretrained(tmp_path / "a.pt"), model)
@@ -108,6 +113,10 @@ def test_files_that_cannot_be_read(model: BLIP3oDiT, tmp_path: Path) -> None:
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="a pipeline of diffusers, whose network is in subfolder='transformer'"):
         BLIP3oDiT.from_pretrained(tmp_path / "pipeline")
+    model.save_pretrained(tmp_path / "run" / "checkpoint-10")
+    model.save_pretrained(tmp_path / "run" / "checkpoint-5")
+    with pytest.raises(FileNotFoundError, match=r"the run is not finished, its last checkpoint is .*checkpoint-10$"):
+        BLIP3oDiT.from_pretrained(tmp_path / "run")
 
 
 def test_an_index_that_does_not_fit_its_shards(model: BLIP3oDiT, tmp_path: Path) -> None:
