@@ -138,6 +138,10 @@ def test_mixed_dtypes_become_the_one_that_holds_all(model: BLIP3oDiT, tmp_path: 
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(torch.equal(value, mixed[name].float()) for name, value in loaded.state_dict().items())
     assert BLIP3oDiT.from_pretrained(tmp_path, torch_dtype="bfloat16").dtype == torch.bfloat16
+    halves = {k: v.bfloat16() if v.dim() == 2 else v.half() for k, v in model.state_dict().items()}
+    save_file(halves, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="all become float32"):
+        assert {p.dtype for p in BLIP3oDiT.from_pretrained(tmp_path).parameters()} == {torch.float32}
     for dtype in (torch.int8, torch.float8_e4m3fn):
         save_file(mixed | {"layers.0.gate": torch.zeros(2).to(dtype)}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=r"layers\.0\.gate must be floating point of 16 bits or more"):
@@ -165,6 +169,14 @@ def test_the_shapes_tell_every_size(sizes: dict[str, Any]) -> None:
     assert {k: v.shape for k, v in found.state_dict().items()} == {k: v.shape for k, v in state.items()}
     assert found.config.num_attention_heads == config.num_attention_heads
     assert (found.config.kv_heads, found.config.ffn_dim) == (config.kv_heads, config.ffn_dim)
+
+
+def test_any_feed_forward_width_is_told(model: BLIP3oDiT) -> None:
+    """Also those that a product of two rounded numbers just misses."""
+    state = dict(model.state_dict())
+    for width in range(97, 700):
+        state["layers.0.feed_forward.linear_1.weight"] = torch.empty(width, 64, device="meta")
+        assert config_from_shapes(state).ffn_dim == width
 
 
 @pytest.mark.parametrize("multiplier, width", [(None, 4864), (1.5, 7168)])
