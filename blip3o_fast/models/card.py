@@ -145,7 +145,7 @@ def _introduction(model: Any, run: Mapping[str, Any]) -> str:
     condition, result = _widths(model)
     encoders = _encoders(run)
     source, target = (f" of {name}" for name in encoders) if encoders else ("", "")
-    kind = "BLIP3-o's network" if model.config.context_projection else "diffusers' LuminaNextDiT2DModel"
+    kind = "BLIP3-o's NextDiTCrossAttn" if model.config.context_projection else "diffusers' LuminaNextDiT2DModel"
     return (
         f"It generates {model.config.num_tokens} feature tokens of {result} channels{target} from feature tokens of "
         f"{condition} channels{source}, by flow matching. The network is {kind}, a Lumina NextDiT."
