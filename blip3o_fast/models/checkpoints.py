@@ -32,7 +32,7 @@ from blip3o_fast.models.reading import (
     read_json,
     read_weights,
 )
-from blip3o_fast.models.recognise import recognise, refuse_other_class
+from blip3o_fast.models.recognise import named_by, recognise, refuse_other_class
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
@@ -106,10 +106,12 @@ def load(
     """See `BLIP3oDiT.from_pretrained`."""
     parse_dtype(torch_dtype, torch.float32)
     path = find(name_or_path, subfolder, **hub)
+    where = f"the checkpoint in {path}"
     file = folder_of(path) / CONFIG
     if config is None and file.is_file():
-        refuse_other_class(read_json(file), file)
-    where = f"the checkpoint in {path}"
+        values = read_json(file)
+        refuse_other_class(values, file)
+        where += named_by(values)
     given = strip_prefix(read_weights(path), where)
     settings = recognise(path, given) if config is None else as_config(config)
     with torch.device("meta"):

@@ -41,6 +41,12 @@ def refuse_other_class(values: Mapping[str, Any], file: Path) -> None:
         raise ValueError(f"{file} describes a {name}, which is another network. {SUPPORTED}")
 
 
+def named_by(values: Mapping[str, Any]) -> str:
+    """The class that a config.json of transformers names, for a message; often that of a larger model."""
+    names = values.get("architectures")
+    return f" ({', '.join(map(str, names))} by its {CONFIG})" if isinstance(names, list) and names else ""
+
+
 def recognise(path: Path, given: Mapping[str, Tensor]) -> BLIP3oConfig:
     """The config of the network whose tensors (by our names) were found in the folder or file."""
     file = folder_of(path) / CONFIG

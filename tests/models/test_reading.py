@@ -264,6 +264,13 @@ def test_relatives_are_refused_by_name(name: str, relatives: dict[str, Any], tmp
         BLIP3oDiT.from_pretrained(tmp_path)
 
 
+def test_the_class_in_the_config_is_named(tmp_path: Path) -> None:
+    save_file({"strange.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["StrangeModel"], "model_type": "strange"}')
+    with pytest.raises(ValueError, match=r"\(StrangeModel by its config\.json\) is of an unknown network .*Supported"):
+        BLIP3oDiT.from_pretrained(tmp_path)
+
+
 def test_another_class_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
