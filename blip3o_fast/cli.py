@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from blip3o_fast import __version__, env
+from blip3o_fast.cli_export import export
 from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
 from blip3o_fast.cli_try import try_pictures
@@ -59,6 +60,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "try": try_pictures,
     "compare": compare,
+    "export": export,
     "warmup": warmup,
     "env": show_env,
 }

@@ -12,7 +12,7 @@ import typer
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
-VERBS = ("env", "extract", "train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "warmup")
+VERBS = ("env", "extract", "train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "export", "warmup")
 
 
 def command(*argv: str) -> "subprocess.CompletedProcess[str]":
@@ -98,9 +98,7 @@ def settings_class(verb: str) -> type:
     }[verb]
 
 
-@pytest.mark.parametrize(
-    "verb", ["train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "warmup"]
-)
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "warmup"])
 def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     def plain(value: object) -> object:
         return str(value) if isinstance(value, Path) else value
@@ -120,6 +118,13 @@ def test_extract_has_every_argument_with_its_default() -> None:
     expected = {name: p.default for name, p in inspect.signature(extract).parameters.items()}
     assert flags == expected | {"quiet": False}
     assert expected["quiet"] is None
+
+
+def test_export_has_every_argument_with_its_default() -> None:
+    from blip3o_fast.models import export
+
+    flags = {name: p.default for name, p in inspect.signature(cli.VERBS["export"]).parameters.items()}
+    assert flags == {name: p.default for name, p in inspect.signature(export).parameters.items()}
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "interpolate", "demo", "warmup"])

@@ -25,7 +25,8 @@ from blip3o_fast.demo import fetch
 from blip3o_fast.demo.gallery import find_pictures
 from blip3o_fast.demo.try_neighbours import Tried, block, collect, compare, describe, training_rows
 from blip3o_fast.demo.try_sheet import draw
-from blip3o_fast.evaluation.samples import SampleSettings, device_named, load_model
+from blip3o_fast.evaluation.samples import load_model
+from blip3o_fast.evaluation.settings import SampleSettings, device_named
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling import prepare, sample
 from blip3o_fast.training.checkpoints import read_run

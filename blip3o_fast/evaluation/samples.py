@@ -19,13 +19,11 @@ from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.reader import fingerprint
 from blip3o_fast.evaluation.settings import OUTPUT, SampleSettings, SamplingSettings, device_named
 from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.models.reading import AVERAGED_WEIGHTS
 from blip3o_fast.sampling import generate_from_dataset, prepare, sample
 from blip3o_fast.sampling.generate import noise_of
 from blip3o_fast.sampling.ranks import Rank
 from blip3o_fast.sampling.result_shards import read_results
-
-# What training writes beside model.safetensors in a checkpoint: the weights that the finished run would have.
-AVERAGED_WEIGHTS = "ema.safetensors"
 
 
 @dataclass

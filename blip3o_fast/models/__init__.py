@@ -6,7 +6,7 @@ Names are imported when first used: `models.normalizer` is also read by code tha
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["BLIP3oConfig", "BLIP3oDiT", "FeatureNormalizers", "Normalizer", "eager_block", "eager_forward"]
+__all__ = ["BLIP3oConfig", "BLIP3oDiT", "FeatureNormalizers", "Normalizer", "eager_block", "eager_forward", "export"]
 
 _MODULES = {
     "BLIP3oConfig": "config",
@@ -15,11 +15,13 @@ _MODULES = {
     "Normalizer": "normalizer",
     "eager_block": "eager",
     "eager_forward": "eager",
+    "export": "exporting",
 }
 
 if TYPE_CHECKING:
     from .config import BLIP3oConfig
     from .eager import eager_block, eager_forward
+    from .exporting import export
     from .nextdit import BLIP3oDiT
     from .normalizer import FeatureNormalizers, Normalizer
 

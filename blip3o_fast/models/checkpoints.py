@@ -17,23 +17,22 @@ from torch import Tensor, nn
 
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.layout import lay_out
+from blip3o_fast.models.matching import compare_names, report, strip_prefix
 from blip3o_fast.models.memory import parse_dtype
-
-CONFIG = "config.json"
-OUR_WEIGHTS = "model.safetensors"
-STOCK_WEIGHTS = "diffusion_pytorch_model.safetensors"
-NORMALIZER = "normalizer.safetensors"
-_WEIGHTS = (OUR_WEIGHTS, STOCK_WEIGHTS)
-_PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
-
-# Every network that can be loaded has this name; what stands before it is the checkpoint's prefix.
-_ANCHOR = "patch_embedder.proj.weight"
-PREFIXES = ("", "model.", "model.dit.model.", "dit_model.", "module.", "_orig_mod.")
-# Names of a network that has been called BLIP3-o's DiT and is another one.
-_OTHER_NETWORK = ("token_embedder.pos_embed", "eva_proj.weight", "eva_proj.bias")
-# Never read by the network; stock's files have it, others may not.
-_UNUSED = "pad_token"
-
+from blip3o_fast.models.reading import (
+    CONFIG,
+    INDEX,
+    NORMALIZER,
+    OUR_WEIGHTS,
+    PICKLED,
+    STOCK_WEIGHTS,
+    WEIGHTS,
+    find,
+    folder_of,
+    read_json,
+    read_weights,
+)
+from blip3o_fast.models.recognise import named_by, recognise, refuse_other_class
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
@@ -60,7 +59,7 @@ def save(model: Any, folder: Path) -> None:
     finally:
         beside.unlink(missing_ok=True)
     # Any other weights in the folder are those of an earlier save; a reader could take them for these.
-    for stale in (*_WEIGHTS, *(f"{n}.index.json" for n in _WEIGHTS), *_PICKLED):
+    for stale in (*WEIGHTS, *(f"{n}{INDEX}" for n in (*WEIGHTS, *PICKLED)), *PICKLED):
         if stale != name:
             (folder / stale).unlink(missing_ok=True)
     if model.normalizer is None:
@@ -78,145 +77,6 @@ def _write_text(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-# ---- finding -------------------------------------------------------------------------------------------------------
-
-
-def find_folder(name_or_path: str | Path, subfolder: str | None, **hub: Any) -> Path:
-    """The local folder of a checkpoint: the path itself where it exists, else a hub repository's snapshot."""
-    path = Path(name_or_path)
-    if not path.is_dir():
-        no_repository = str(name_or_path).startswith((".", "~", "/")) or str(name_or_path).count("/") != 1
-        if path.exists() or no_repository:
-            raise FileNotFoundError(f"{name_or_path} is not a folder with a checkpoint")
-        path = _download(str(name_or_path), subfolder, **hub)
-    return path / subfolder if subfolder else path
-
-
-def _download(repo_id: str, subfolder: str | None, **hub: Any) -> Path:
-    from huggingface_hub import snapshot_download
-
-    at = f"{subfolder}/" if subfolder else ""
-    folder = Path(snapshot_download(repo_id, allow_patterns=[f"{at}*.json", f"{at}*.safetensors"], **hub))
-    if not any((folder / at).glob("*.safetensors")):
-        folder = Path(snapshot_download(repo_id, allow_patterns=[f"{at}*.json", f"{at}*.bin"], **hub))
-    return folder
-
-
-def read_config(folder: Path) -> BLIP3oConfig:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}: give config=, a BLIP3oConfig, a dict or a preset's name")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object with config fields, got {type(values).__name__}")
-    try:
-        return BLIP3oConfig.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder by name. Safetensors are mapped into memory, not read, until a tensor is used."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    files: list[Path] = []
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            files = [folder / name]
-            break
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = [folder / shard for shard in _shards(index)]
-            break
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors.update(load_file(str(file)))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    if files:
-        return tensors
-    for name in _PICKLED:
-        if (folder / name).is_file():
-            loaded = torch.load(folder / name, map_location="cpu", weights_only=True)
-            if not isinstance(loaded, dict):
-                raise ValueError(f"{folder / name} must hold a dict of tensors, got {type(loaded).__name__}")
-            return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-    looked_for = ", ".join((*_WEIGHTS, *_PICKLED))
-    raise FileNotFoundError(f"{folder} has no weights: looked for {looked_for}, or safetensors shards with an index")
-
-
-def _shards(index: Path) -> list[str]:
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        # An index is input like any other: it may not point out of its folder.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}, which is no safetensors file of its folder")
-        if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{index} names {name!r}, which is not in the folder")
-    return names
-
-
-# ---- matching ------------------------------------------------------------------------------------------------------
-
-
-def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's own tensors by our names. Where the checkpoint holds more than the network, only the network's.
-
-    Raises ValueError for a checkpoint of another network, and where there is no telling which tensors are meant.
-    """
-    other = sorted(name for name in tensors if name.endswith(_OTHER_NETWORK))
-    if other:
-        raise ValueError(
-            f"this checkpoint is of another network (it has {', '.join(other[:3])}): a DiT whose self-attention mixes "
-            "channels instead of tokens because of a wrong view of its tensors. Its weights have no meaning in a "
-            "BLIP3-o or Lumina network and cannot be converted; train anew."
-        )
-    found = {name[: -len(_ANCHOR)] for name in tensors if name.endswith(_ANCHOR)}
-    if len(found) > 1:
-        raise ValueError(f"the checkpoint holds more than one network, under the prefixes {sorted(found)}")
-    prefix = found.pop() if found else ""
-    if prefix not in PREFIXES and not any(prefix == a + b for a in PREFIXES for b in PREFIXES):
-        raise ValueError(f"unknown prefix {prefix!r} before {_ANCHOR}; known are {', '.join(map(repr, PREFIXES))}")
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def compare_names(
-    expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
-) -> tuple[list[str], list[str], list[str]]:
-    """(missing, unexpected, mis-shaped), the last with both shapes."""
-    missing = [name for name in expected if name not in given and name != _UNUSED]
-    unexpected = [name for name in given if name not in expected and name != _UNUSED]
-    misshaped = [
-        f"{name}: {tuple(given[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
-        for name, tensor in expected.items()
-        if name in given and given[name].shape != tensor.shape
-    ]
-    return missing, unexpected, misshaped
-
-
-def report(missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
-    """All names, grouped, with what the usual causes look like."""
-    lines = []
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)):
-        if names:
-            lines += [f"{title} ({len(names)}):", *(f"  {name}" for name in names)]
-    if any(name.startswith("caption_projection") for name in missing):
-        lines.append("The checkpoint has no context projection: a stock network has context_projection=False.")
-    if any(name.startswith("caption_projection") for name in unexpected):
-        lines.append("The checkpoint has a context projection: BLIP3-o's network has context_projection=True.")
-    if any("feed_forward" in name for name in misshaped):
-        lines.append(
-            "If only the feed-forward width differs: ffn_dim_multiplier (1.5 gives 7168 at width 1792, which some "
-            "BLIP3-o builds have) or multiple_of."
-        )
-    return "\n".join(lines)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -245,45 +105,69 @@ def load(
 ) -> Any:
     """See `BLIP3oDiT.from_pretrained`."""
     parse_dtype(torch_dtype, torch.float32)
-    folder = find_folder(name_or_path, subfolder, **hub)
-    given = strip_prefix(read_weights(folder))
-    settings = read_config(folder) if config is None else as_config(config)
+    path = find(name_or_path, subfolder, **hub)
+    where = f"the checkpoint in {path}"
+    file = folder_of(path) / CONFIG
+    if config is None and file.is_file():
+        values = read_json(file)
+        refuse_other_class(values, file)
+        where += named_by(values)
+    given = strip_prefix(read_weights(path), where)
+    settings = recognise(path, given) if config is None else as_config(config)
     with torch.device("meta"):
         model = cls(settings)
     differences = compare_names(model.state_dict(), given)
     missing, unexpected, misshaped = differences
     if misshaped or (strict and (missing or unexpected)):
-        raise ValueError(f"the checkpoint in {folder} does not fit the model:\n{report(*differences)}")
+        raise ValueError(f"{where} does not fit the model:\n{report(*differences)}")
+    found = common_dtype({name: tensor for name, tensor in given.items() if name not in unexpected}, where, torch_dtype)
+    dtype = parse_dtype(torch_dtype, found)
     if missing or unexpected:
-        warnings.warn(f"the checkpoint in {folder} does not fit the model:\n{report(*differences)}", stacklevel=3)
+        warnings.warn(f"{where} does not fit the model:\n{report(*differences)}", stacklevel=3)
         if missing:
             with torch.device(device):
                 model = cls(settings)
     with torch.no_grad():
-        fill(model, given, torch_dtype, torch.device(device))
-    if (folder / NORMALIZER).is_file():
+        fill(model, given, dtype, torch.device(device))
+    if (folder_of(path) / NORMALIZER).is_file():
         from blip3o_fast.models.normalizer import FeatureNormalizers
 
-        model.normalizer = FeatureNormalizers.load(folder)
+        model.normalizer = FeatureNormalizers.load(folder_of(path))
+    model.loaded_from = folder_of(path)
     return model.eval()
 
 
-def fill(model: Any, given: Mapping[str, Tensor], torch_dtype: torch.dtype | str | None, device: torch.device) -> None:
-    """Give each parameter its value from the file, on the device, in torch_dtype or else in the file's dtype."""
+def common_dtype(given: Mapping[str, Tensor], where: str, wanted: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of the weights; of several the one that holds them all exactly, with a warning where none is wanted.
+
+    ValueError for a tensor that is no floating point number of 16 bits or more.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for name, tensor in given.items():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise ValueError(f"{where}: {name} must be floating point of 16 bits or more, it has {tensor.dtype}")
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
+    common = torch.float32 if not counts else next(iter(counts))
+    for dtype in counts:
+        common = torch.promote_types(common, dtype)
+    if len(counts) > 1 and wanted in (None, "auto"):
+        found = ", ".join(f"{count} tensors in {str(dtype)[6:]}" for dtype, count in counts.items())
+        warnings.warn(f"{where} has {found}: without torch_dtype all become {str(common)[6:]}", stacklevel=4)
+    return common
+
+
+def fill(model: Any, given: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Give each parameter its value from the file, on the device, in dtype."""
     for name, parameter in list(model.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         module: nn.Module = model.get_submodule(owner)
         if name in given:
-            tensor = given[name]
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name} must be floating point, the checkpoint has {tensor.dtype}")
-            dtype = parse_dtype(torch_dtype, tensor.dtype)
             # A copy always: the file's tensors are a window on the file, which may be overwritten.
-            value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            value = torch.empty(given[name].shape, dtype=dtype, device=device).copy_(given[name])
         elif parameter.is_meta:  # only pad_token may be absent
-            value = torch.zeros(parameter.shape, dtype=parse_dtype(torch_dtype, model.dtype), device=device)
+            value = torch.zeros(parameter.shape, dtype=dtype, device=device)
         else:
-            value = parameter.to(device, parse_dtype(torch_dtype, parameter.dtype))
+            value = parameter.to(device, dtype)
         module.register_parameter(attribute, nn.Parameter(value, requires_grad=parameter.requires_grad))
     for block in model.layers:
         lay_out(block)

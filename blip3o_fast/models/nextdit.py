@@ -9,7 +9,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip3o_fast.models import checkpoints, inputs
+from blip3o_fast.models import card, checkpoints, inputs
 from blip3o_fast.models import forward as fused
 from blip3o_fast.models.condition import PreparedCondition, prepare
 from blip3o_fast.models.config import BLIP3oConfig
@@ -23,13 +23,7 @@ from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
 from blip3o_fast.models.step_modulations import StepModulations, make_modulations
 
 
-class BLIP3oDiT(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="blip3o_fast",
-    license="apache-2.0",
-    tags=["flow-matching", "diffusion-transformer", "blip3-o"],
-):
+class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
     """The diffusion transformer: from x_t, a time and a context to the velocity (or noise) at x_t.
 
     config: a `BLIP3oConfig`, a dict that `BLIP3oConfig.from_dict` reads, or None for the defaults.
@@ -59,6 +53,8 @@ class BLIP3oDiT(
             raise ValueError(f"config must be a BLIP3oConfig or a dict of its fields, got {type(config).__name__}")
         self.config = config
         self.normalizer: Any = None
+        # Where the weights came from; only the model card asks.
+        self.loaded_from: Path | None = None
         self.gradient_checkpointing = False
         self._checkpoint_kwargs: dict[str, Any] = {}
 
@@ -289,6 +285,20 @@ class BLIP3oDiT(
             lay_out(layer)
         return result
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write weights, config.json, normalizer.safetensors and a model card; a card that was edited is left alone.
+
+        kwargs: as of `huggingface_hub.ModelHubMixin`; of these model_card_kwargs (here and in `push_to_hub`) holds
+            arguments of `models.card.build`: training, metrics, license, datasets, ...
+        """
+        folder = Path(save_directory)
+        card.forget(folder)
+        more = {"folder": folder} | (kwargs.pop("model_card_kwargs", None) or {})
+        return super().save_pretrained(folder, model_card_kwargs=more, **kwargs)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        return card.build(self, *args, **kwargs)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         checkpoints.save(self, Path(save_directory))
 
@@ -308,11 +318,11 @@ class BLIP3oDiT(
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> "BLIP3oDiT":
-        """A model in eval mode from a folder or a hub repository that we, diffusers or BLIP3-o wrote.
+        """A model in eval mode from a folder, a file or a hub repository that we, diffusers or BLIP3-o wrote.
 
-        config: instead of the folder's config.json (a BLIP3oConfig, a dict or a preset's name); needed for a whole
-            BLIP3-o checkpoint, whose config.json describes its language model.
-        torch_dtype: of the weights; None or "auto" keeps what the file has.
+        config: instead of config.json (a BLIP3oConfig, a dict or a preset's name). Where a BLIP3-o checkpoint has none,
+            or one that describes its language model, the sizes are told by the shapes.
+        torch_dtype: of the weights; None or "auto" keeps what the file has, of several dtypes the one that holds all.
         strict: False leaves missing weights at their initial values and ignores unexpected ones, with a warning.
         Raises ValueError with every missing, unexpected and mis-shaped name, grouped; FileNotFoundError where there
         are no weights. No pickle is executed: a `.bin` is read by `torch.load(weights_only=True)`.

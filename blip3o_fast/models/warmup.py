@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from blip3o_fast.models import checkpoints
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.launches import PRECISIONS, compile_all, distinct, model_calls
+from blip3o_fast.models.reading import find
+from blip3o_fast.models.recognise import read_config
 from blip3o_fast.ops import _triton
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
@@ -76,7 +77,7 @@ def warmup(settings: WarmupSettings) -> str:
     from triton import knobs
 
     if settings.model:
-        config = checkpoints.read_config(checkpoints.find_folder(settings.model, None))
+        config = read_config(find(settings.model, None))
     else:
         config = BLIP3oConfig.preset(settings.preset) if settings.preset else BLIP3oConfig()
     uses = ("train", "sample") if settings.training else ("sample",)

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from blip3o_fast.models.checkpoints import OUR_WEIGHTS, STOCK_WEIGHTS
+from blip3o_fast.models.reading import OUR_WEIGHTS, STOCK_WEIGHTS
 
 MARKER = "complete.json"
 RUN_FILE = "run.json"
@@ -54,7 +54,8 @@ def mark_complete(folder: Path, step: int) -> None:
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MARKER
+        # A model card is there to be edited.
+        if path.is_file() and path.name not in (MARKER, "README.md")
     }
     write_json(folder / MARKER, {"step": step, "files": files})
 

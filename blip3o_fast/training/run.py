@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blip3o_fast import __version__, env
-from blip3o_fast.models.checkpoints import read_config
 from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.models.recognise import read_config
 from blip3o_fast.training import checkpoints, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
 from blip3o_fast.training.resume import (

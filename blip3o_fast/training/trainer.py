@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
-from blip3o_fast.models.checkpoints import read_weights
+from blip3o_fast.models.reading import read_weights
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.ema import EMA
 from blip3o_fast.training.finite import FiniteWatch

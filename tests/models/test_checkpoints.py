@@ -183,8 +183,6 @@ def test_takes_the_network_out_of_a_whole_checkpoint(saved: tuple[BLIP3oDiT, Pat
     language_model = {"model.embed_tokens.weight": torch.zeros(3, 3), "lm_head.weight": torch.zeros(3)}
     rewrite(folder, lambda tensors: {**language_model, **{f"model.dit.model.{k}": v for k, v in tensors.items()}})
     (folder / "config.json").write_text('{"model_type": "llava_qwen", "hidden_act": "silu"}')
-    with pytest.raises(ValueError, match=r"config\.json: unknown config field 'hidden_act'"):
-        BLIP3oDiT.from_pretrained(folder)
     assert_same_model(BLIP3oDiT.from_pretrained(folder, config="tiny"), model)
     assert_same_model(BLIP3oDiT.from_pretrained(folder, config=TINY.to_dict()), model)
     assert_same_model(BLIP3oDiT.from_pretrained(folder, config=TINY), model)

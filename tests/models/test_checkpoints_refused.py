@@ -1,7 +1,6 @@
 """A checkpoint that does not fit is refused by name, and one that is a program does not run."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.models.recognise import read_config
 
 TINY = BLIP3oConfig.preset("tiny")
 STOCK = BLIP3oConfig.preset("tiny", context_projection=False, time_convention="lumina", num_kv_heads=2)
@@ -106,7 +106,7 @@ def test_missing_files(tmp_path: Path, saved: tuple[BLIP3oDiT, Path]) -> None:
         BLIP3oDiT.from_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json: give config="):
-        BLIP3oDiT.from_pretrained(folder)
+        read_config(folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
@@ -118,7 +118,7 @@ def test_an_index_stays_in_its_folder(saved: tuple[BLIP3oDiT, Path]) -> None:
     (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"layers.0.gate": "../elsewhere.safetensors"}}))
-    with pytest.raises(ValueError, match="no safetensors file of its folder"):
+    with pytest.raises(ValueError, match="no file of weights of its folder"):
         BLIP3oDiT.from_pretrained(folder)
     index.write_text(json.dumps({"weight_map": {"layers.0.gate": "gone.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="which is not in the folder"):
@@ -147,6 +147,6 @@ def test_a_bin_that_is_a_program_does_not_run(saved: tuple[BLIP3oDiT, Path], tmp
     _, folder = saved
     (folder / "model.safetensors").unlink()
     torch.save({"x": _Attack(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is more than weights: reading it would run .*pathlib"):
         BLIP3oDiT.from_pretrained(folder)
     assert not (tmp_path / "ran").exists()

@@ -46,6 +46,14 @@ def test_every_way_to_be_cut_off_is_noticed(tmp_path):
     assert checkpoints.what_is_missing(bare) == "model.safetensors is missing"
 
 
+def test_an_edited_model_card_breaks_no_checkpoint(tmp_path):
+    folder = make_checkpoint(tmp_path, 7, whole=False)
+    (folder / "README.md").write_text("generated")
+    checkpoints.mark_complete(folder, 7)
+    (folder / "README.md").write_text("edited by hand")
+    assert checkpoints.what_is_missing(folder) is None
+
+
 def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     for step in (1, 2, 3, 4):
         make_checkpoint(tmp_path, step, whole=step != 2)
