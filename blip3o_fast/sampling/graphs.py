@@ -96,7 +96,8 @@ class Static:
     """A tree of tensors that stay where they are. Values come in by one launch per dtype."""
 
     def __init__(self, tree: Any) -> None:
-        self.tree = mapped(tree, _dense)
+        with torch.inference_mode(False):  # in which a tensor is made unfit for runs outside of it
+            self.tree = mapped(tree, _dense)
         self.tensors = _tensors(self.tree)
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -119,11 +120,11 @@ class StepGraph:
     def __init__(self, capture: Capture, rules: Rules, kept: Kept, moment: Moment) -> None:
         self._given = Static(moment)
         inside: Moment = self._given.tree
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self._result = result = Static(take_step(rules, kept, inside))
 
         def step() -> None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 result.load(take_step(rules, kept, inside))
 
         self._replay = capture(step, moment.x.device)
@@ -203,15 +204,11 @@ class Graphs:
         if self.reason is not None:
             self._say(self.reason, logging.INFO)
             return None
-        self._renew()
-        if key in self._shapes:
-            self._shapes.move_to_end(key)
-        else:
-            while len(self._shapes) >= self.max_graphs:
-                self._shapes.popitem(last=False)
-            self._shapes[key] = Shape(rules, kept)
-        shape = self._shapes[key]
-        shape.load(kept)
+        try:
+            shape = self._shape(key, rules, kept)
+        except Exception as error:  # no memory
+            self._give_up(key, error)
+            return None
 
         def step(moment: Moment) -> tuple[Tensor, Slope | None]:
             if key in self._failed:
@@ -221,15 +218,30 @@ class Graphs:
                 result = shape.step(self.capture, moment)
             except Exception as error:
                 # Whatever went wrong, the step can still be made without a graph; an error of its own comes again.
-                self.reason = f"the capture failed: {type(error).__name__}: {error}"
-                self._failed[key] = self.reason
-                self._shapes.pop(key, None)
-                self._say(self.reason, logging.WARNING)
+                self._give_up(key, error)
                 return take_step(rules, kept, moment)
             self.captures += shape.count - before
             return result
 
         return step
+
+    def _shape(self, key: tuple[Any, ...], rules: Rules, kept: Kept) -> Shape:
+        """Found or made, with the condition of this run in it."""
+        self._renew()
+        if key in self._shapes:
+            self._shapes.move_to_end(key)
+        else:
+            while len(self._shapes) >= self.max_graphs:
+                self._shapes.popitem(last=False)
+            self._shapes[key] = Shape(rules, kept)
+        self._shapes[key].load(kept)
+        return self._shapes[key]
+
+    def _give_up(self, key: tuple[Any, ...], error: Exception) -> None:
+        """This shape is not tried again."""
+        self.reason = self._failed[key] = f"the capture failed: {type(error).__name__}: {error}"
+        self._shapes.pop(key, None)
+        self._say(self.reason, logging.WARNING)
 
     def refusal(self, device: torch.device, rows: int) -> str | None:
         """Why a run with so many rows in a network call has no graphs; None where it may have."""

@@ -3,6 +3,8 @@
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,16 @@ def test_threads_get_the_serial_results(tape):
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(draw, range(8)))
     assert all(torch.equal(a, b) for a, b in zip(serial, together, strict=True)) and mechanism.replays == 16
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_inside_and_outside_of_inference_mode(tape, inside_first):
+    sampler, _ = sampler_on_tape(tape)
+    condition, results = conditions(), []
+    for inside in (inside_first, not inside_first):
+        with torch.inference_mode(inside):
+            results.append(sampler(condition, num_steps=2, solver="ab2", generator=seeded()))
+    assert torch.equal(*results) and sampler.graphs.captures == 2 and sampler.graphs.reason is None
 
 
 # ---- how many --------------------------------------------------------------------------------------------------------
@@ -319,6 +331,19 @@ def test_a_capture_that_fails_amid_a_run(tape):
     assert sampler.graphs.captures == 1 and sampler.graphs.reason == "the capture failed: RuntimeError: no"
 
 
+def test_no_memory_for_the_static_tensors(tape, monkeypatch):
+    sampler, _ = sampler_on_tape(tape)
+    condition = conditions()
+    expected = sample(sampler._network.model, condition, num_steps=2, generator=seeded())
+
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(graphs, "Shape", full)
+    assert torch.equal(sampler(condition, num_steps=2, generator=seeded()), expected)
+    assert sampler.graphs.reason == "the capture failed: OutOfMemoryError: full"
+
+
 def hooked(model: BLIP3oDiT) -> BLIP3oDiT:
     model.layers[1].attn2.register_forward_hook(lambda *args: None)
     return model
@@ -460,3 +485,80 @@ def test_the_recorder_sees_both(recorder):
         x.to("meta")
     with recorder(), pytest.raises(RuntimeError, match="a copy between devices"):
         torch.tensor(1.0).to("meta")
+
+
+# ---- CUDA's own mechanism, with torch.cuda in its place recorded -----------------------------------------------------
+
+
+class FakeCuda:
+    """What `CudaCapture` calls of torch.cuda, written down."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.said: list[str] = []
+        self.current, self.pools = SimpleNamespace(name="current"), 0
+        self.current.wait_stream = lambda other: self.said.append(f"current waits for {other.name}")
+        for name in ("device", "Stream", "current_stream", "stream", "set_stream", "graph_pool_handle", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.said.append("replay")))
+
+    def device(self, device):
+        return nullcontext()
+
+    def Stream(self, device):
+        side = SimpleNamespace(name="side")
+        side.wait_stream = lambda other: self.said.append(f"side waits for {other.name}")
+        return side
+
+    def current_stream(self, device):
+        return self.current
+
+    def set_stream(self, stream):
+        self.said.append(f"back on {stream.name}")
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return self.pools
+
+    @contextmanager
+    def stream(self, stream):
+        self.said.append(f"on {stream.name}")
+        yield
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.said.append(f"capture on {stream.name}, pool {pool}, {capture_error_mode}")
+        yield
+
+
+def test_a_capture_warms_up_on_a_side_stream(monkeypatch):
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    replay = CudaCapture()(lambda: cuda.said.append("step"), device)
+    replay()
+    assert cuda.said == [
+        "side waits for current", "on side", "step", "step", "step", "current waits for side",
+        "capture on side, pool 1, thread_local", "step", "back on current", "replay",
+    ]  # fmt: skip
+
+
+def test_living_graphs_share_a_pool(monkeypatch):
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    capture = CudaCapture()
+    kept = [capture(lambda: None, device) for _ in range(2)]
+    assert cuda.pools == 1
+    kept.clear()
+    kept.append(capture(lambda: None, device))
+    assert cuda.pools == 2
+
+
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    calls = []
+
+    def step() -> None:
+        calls.append(1)
+        if len(calls) == 4:  # after the warm-up
+            raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaCapture()(step, torch.device("cuda", 0))
+    assert cuda.said[-1] == "back on current"
