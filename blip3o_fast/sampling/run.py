@@ -127,7 +127,8 @@ class Modulations:
         made: list[StepModulations | None] = []
         for call in calls:
             if made and not self._has(call):
-                # A chunk ends within the step: what is still needed of it is copied, so that the rest can be freed.
+                # A chunk ends within the step: what is still needed of it, one call's, is copied, so that the rest can
+                # be freed.
                 made = [mapped(one, torch.clone) for one in made]
             made.append(self._of(call))
         return made
