@@ -40,7 +40,7 @@ LAUNCH_SECONDS, PEAK_FLOPS = 10e-6, 989e12
 
 
 def most_tokens(config: Any) -> int:
-    """How many rows * tokens of a network call a graph pays for; 1120 for the default network, 8 guided samples."""
+    """How many rows * tokens of a network call a graph pays for; 1122 for the default network, 8 guided samples."""
     hidden, head_dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.kv_heads * head_dim
     weights = hidden * (2 * queries + 2 * keys) + queries * hidden + 3 * hidden * config.ffn_dim
@@ -93,7 +93,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 class Static:
-    """A tree of tensors that stay where they are. Values come in by one launch per dtype."""
+    """A tree of tensors that stay where they are. Values come in dtype by dtype, as PyTorch's fused copy wants them."""
 
     def __init__(self, tree: Any) -> None:
         with torch.inference_mode(False):  # in which a tensor is made unfit for runs outside of it
