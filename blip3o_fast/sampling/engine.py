@@ -1,11 +1,13 @@
 """A sampler made once and used for many conditions.
 
 sampler = Sampler(model)
+sampler.warmup(batch_sizes=(1, 8))                                                 # so that no request waits for it
 features = sampler(encoder_hidden_states, num_steps=30, guidance_scale=3.0)        # as sample(model, ...)
 sampler.memory(batch=8)                                                            # bytes, before the run
 """
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from blip3o_fast.models import BLIP3oDiT
 from blip3o_fast.sampling import memory
 from blip3o_fast.sampling.arguments import Arguments, check_count
+from blip3o_fast.sampling.graphs import Graphs
 from blip3o_fast.sampling.prepared import PreparedModel, prepare
-from blip3o_fast.sampling.run import MODULATION_BYTES, can_prepare, draw
+from blip3o_fast.sampling.run import MODULATION_BYTES, can_prepare, device_and_dtype, draw
 
 
 class Sampler:
@@ -26,17 +29,22 @@ class Sampler:
     storage: of the packed weights, see `sampling.prepare`.
     modulation_bytes: for modulations that are made before their steps; where those of one step need more, each step
         makes its own, so 0 makes none before.
+    max_graphs: on a CUDA device a solver's step is captured as a CUDA graph, for at most so many shapes, of which the
+        least recently used is dropped; 0 makes no graphs. `sampler.graphs.reason` says why a run had none.
 
     It follows the model: whatever changes a weight is noticed at the next run. Calls from several threads wait for
     each other and give the serial results. Raises ValueError for wrong arguments, RuntimeError for a storage by name
     that cannot be had.
     """
 
-    def __init__(self, model: Any, *, storage: str = "auto", modulation_bytes: int = MODULATION_BYTES) -> None:
+    def __init__(
+        self, model: Any, *, max_graphs: int = 8, storage: str = "auto", modulation_bytes: int = MODULATION_BYTES
+    ) -> None:
         if getattr(model, "config", None) is None:
             raise ValueError(f"model must have a config (BLIP3oDiT has one), got {type(model).__name__} without")
-        if isinstance(modulation_bytes, bool) or not isinstance(modulation_bytes, int) or modulation_bytes < 0:
-            raise ValueError(f"modulation_bytes must be an integer >= 0, got {modulation_bytes!r}")
+        for name, value in (("max_graphs", max_graphs), ("modulation_bytes", modulation_bytes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
         self.modulation_bytes = modulation_bytes
         self._lock = threading.Lock()
         self._network = model
@@ -46,6 +54,7 @@ class Sampler:
             raise ValueError(
                 f"storage must be 'auto' where a {type(model).__name__} is not prepared here, got {storage!r}"
             )
+        self.graphs = Graphs(self._network, max_graphs)
 
     @overload
     def __call__(
@@ -61,8 +70,44 @@ class Sampler:
         """Draw features for each condition: arguments, result and errors are those of `sample`."""
         made = Arguments(return_intermediates=return_intermediates, **arguments)
         with self._lock:
-            result, states = draw(self._network, encoder_hidden_states, made, self.modulation_bytes)
+            result, states = draw(self._network, encoder_hidden_states, made, self.modulation_bytes, self.graphs)
         return (result, states) if return_intermediates else result
+
+    def warmup(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        *,
+        num_steps: int = 30,
+        guidance_scale: float = 3.0,
+        solver: str = "euler",
+        context_tokens: int | None = None,
+    ) -> None:
+        """Do now what the first run of a shape does: compile kernels, capture graphs; on a CPU pack and allocate.
+
+        batch_sizes: of result rows, N * n, each drawn once from nothing. guidance_scale: 1 and 0 are shapes of their
+        own, all other scales are one. context_tokens: L, None: as many as there are tokens. What it does not know of
+        (a mask, a guidance interval) is captured when it first comes. No random numbers are drawn.
+        """
+        if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence) or not batch_sizes:
+            raise ValueError(f"batch_sizes must be a sequence of integers >= 1, got {batch_sizes!r}")
+        for batch in batch_sizes:
+            check_count("batch_sizes", batch)
+        tokens = self._check_run(num_steps, guidance_scale, solver, context_tokens)
+        model, config = self._network, self._network.config
+        normalizer = getattr(model, "normalizer", None)
+        width = config.cross_attention_dim if normalizer is None else normalizer.condition.in_features
+        device, dtype = device_and_dtype(model, torch.empty(0))
+        # Two steps have every kind of step. A whole run makes the product of all steps' modulations too, and costs
+        # little where there are graphs.
+        steps = num_steps if device.type == "cuda" else min(num_steps, 2)
+        for batch in sorted(set(batch_sizes), reverse=True):  # smaller ones fit into the memory of larger ones
+            self(
+                torch.zeros(batch, tokens, width, device=device, dtype=dtype),
+                noise=torch.zeros(batch, config.sample_size**2, config.in_channels, device=device),
+                num_steps=steps,
+                guidance_scale=guidance_scale,
+                solver=solver,
+            )
 
     def memory(
         self,
@@ -76,26 +121,43 @@ class Sampler:
         """Bytes that a run of so many result rows needs at its height beside the model's own weights.
 
         batch: N * n. guidance_scale and solver as in `sample`; context_tokens: L, None: as many as there are tokens.
-        Counted are the packed weights with their workspace, the prepared condition, the modulations and the
-        activations: within a tenth of what is allocated. Not counted: the arguments, the results of
-        `return_intermediates`, the scratch memory of libraries.
+        Counted are the packed weights with their workspace, the prepared condition, the modulations, the activations
+        and, where the run has a CUDA graph, its static tensors: within a tenth of what is allocated. Not counted: the
+        arguments, the results of `return_intermediates`, the scratch memory of libraries, what the graphs of other
+        shapes keep (`sampler.graphs.nbytes`).
         """
         check_count("batch", batch)
+        context = self._check_run(num_steps, guidance_scale, solver, context_tokens)
+        network, config = self._network, self._network.config
+        packed = network.packed_bytes if isinstance(network, PreparedModel) else 0
+        device, dtype = device_and_dtype(network, torch.empty(0))
+        rows = batch if guidance_scale in (0, 1) else 2 * batch
+        run = memory.run_bytes(
+            config,
+            rows=rows,
+            batch=batch,
+            calls=num_steps * (2 if solver in ("midpoint", "heun") else 1),
+            context=context,
+            dtype=dtype,
+            in_workspace=packed > 0,
+            modulation_bytes=self.modulation_bytes,
+        )
+        if self.graphs.refusal(device, rows) is None:
+            run += memory.graph_bytes(
+                config,
+                rows=rows,
+                batch=batch,
+                context=context,
+                dtype=dtype,
+                solver=solver,
+                modulation_bytes=self.modulation_bytes,
+            )
+        return packed + run
+
+    def _check_run(self, num_steps: int, guidance_scale: float, solver: str, context_tokens: int | None) -> int:
+        """L, where all of it is allowed."""
         check_count("num_steps", num_steps)
         if context_tokens is not None:
             check_count("context_tokens", context_tokens)
         Arguments(num_steps=num_steps, guidance_scale=guidance_scale, solver=solver).check()
-        network, config = self._network, self._network.config
-        packed = network.packed_bytes if isinstance(network, PreparedModel) else 0
-        weights = next(iter(network.parameters()))
-        run = memory.run_bytes(
-            config,
-            rows=batch if guidance_scale in (0, 1) else 2 * batch,
-            batch=batch,
-            calls=num_steps * (2 if solver in ("midpoint", "heun") else 1),
-            context=config.num_tokens if context_tokens is None else context_tokens,
-            dtype=weights.dtype if weights.dtype.is_floating_point else torch.float32,
-            in_workspace=packed > 0,
-            modulation_bytes=self.modulation_bytes,
-        )
-        return packed + run
+        return self._network.config.num_tokens if context_tokens is None else context_tokens

@@ -49,3 +49,22 @@ def run_bytes(
         working = rows * blocks * size
     stepping = modulations + call * size + working + 2 * start
     return start + condition * size + max(making * size, stepping)
+
+
+def graph_bytes(
+    config: Any, *, rows: int, batch: int, context: int, dtype: torch.dtype, solver: str, modulation_bytes: int
+) -> int:
+    """The tensors that stay for the graphs of one shape of run, beside what the run itself needs.
+
+    They are copies of the condition as it is prepared, and for each kind of step of its state before and after, of the
+    modulations of its calls and, for "ab2", whose first step is of another kind, of the slopes.
+    """
+    size, state = dtype.itemsize, 8 if dtype == torch.float64 else 4
+    keys = config.kv_heads * config.head_dim
+    condition = rows * (context * (config.context_dim + 2 * keys * config.num_layers) + config.context_dim) * size
+    one = step_bytes(config, rows, dtype)
+    modulations = one * (2 if solver in ("midpoint", "heun") else 1) if modulation_bytes >= one else 0
+    pixels = config.sample_size**2 * config.in_channels
+    step = 2 * batch * pixels * state + modulations
+    slope = rows * pixels * size
+    return condition + (2 * step + 3 * slope if solver == "ab2" else step)

@@ -1,40 +1,53 @@
 """One sampling run: what does not change from step to step is made first, then the loop over the noise levels.
 
-A network call needs the condition (`conditional`), no condition (`null`) or, for classifier-free guidance, both as one
-batch with the null half first (`both`): which of them is decided per call, by the guidance scale and its interval.
+Which of its passes a network call is (`sampling.steps`) is decided here, by the guidance scale and its interval.
 """
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blip3o_fast import ops
-from blip3o_fast.flow.loss import network_output, velocity_sign
+from blip3o_fast.flow.loss import velocity_sign
 from blip3o_fast.flow.path import FlowPath
 from blip3o_fast.flow.solvers import evaluation_levels
 from blip3o_fast.flow.timesteps import network_time
 from blip3o_fast.models.condition import PreparedCondition
 from blip3o_fast.models.step_modulations import StepModulations, step_bytes
 from blip3o_fast.sampling.arguments import Arguments, check_condition, check_finite, noise_levels, starting_noise
+from blip3o_fast.sampling.graphs import Graphs, mapped
+from blip3o_fast.sampling.steps import (
+    BOTH,
+    CONDITIONAL,
+    NULL,
+    Call,
+    Conditions,
+    Kept,
+    Moment,
+    Rules,
+    Slope,
+    by_pass,
+    take_step,
+)
 
 MODULATION_BYTES = 256 << 20
-NULL, CONDITIONAL, BOTH = "null", "conditional", "both"
-
-Slope = tuple[Tensor, Tensor | None]
-"""What the network says (with the condition, without it); None where one pass was enough."""
 
 
 def draw(
-    model: Any, encoder_hidden_states: Tensor, arguments: Arguments, modulation_bytes: int = MODULATION_BYTES
+    model: Any,
+    encoder_hidden_states: Tensor,
+    arguments: Arguments,
+    modulation_bytes: int = MODULATION_BYTES,
+    graphs: Graphs | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The features [N * n, T, C] and, where they are wanted, the states after each step.
 
     modulation_bytes: for modulations made before their steps; where those of one step need more, each step makes its
-    own.
+    own. graphs: of the model's steps, which take the place of the steps where they can.
     """
     with torch.no_grad():
         run = _prepare(model, encoder_hidden_states, arguments, modulation_bytes)
@@ -48,7 +61,7 @@ def draw(
 
             x = run.start
             if x.shape[0] > 0:
-                x = run.solve(x, arguments.solver, keep)
+                x = run.solve(x, keep, graphs)
             elif arguments.return_intermediates:
                 states = [x] * run.steps.shape[0]
         check_finite(x, encoder_hidden_states, arguments.noise)
@@ -66,70 +79,31 @@ def draw(
 class Run:
     """Everything the loop needs, on the model's device."""
 
-    model: Any
-    path: FlowPath
+    rules: Rules
+    kept: Kept
     start: Tensor  # [M, T, C'], fp32 or fp64
     steps: Tensor  # [S], with the sign of the network's convention
     levels: Tensor  # [V], of each network call
     passes: list[str]  # [V]: NULL, CONDITIONAL or BOTH
-    conditions: dict[str, tuple[Any, Tensor | None]]  # by pass: prepared where the model can, and then without a mask
     modulations: "Modulations"
-    dtype: torch.dtype  # the network's
-    guidance: Tensor  # 0-d
-    truncate_time: bool
 
-    def network(self, x: Tensor, call: int) -> Slope:
-        passed, sigma = self.passes[call], self.levels[call]
-        condition, mask = self.conditions[passed]
-        made, config = self.modulations.of(call), self.model.config
-        x_t = x.to(self.dtype)
-        output = network_output(
-            self.model,
-            torch.cat([x_t, x_t]) if passed == BOTH else x_t,
-            sigma,
-            condition,
-            mask,
-            time_convention=config.time_convention,
-            truncate_time=self.truncate_time,
-            **({} if made is None else {"modulations": made}),
-        )
-        if config.prediction_type == "epsilon":
-            # Both halves have their own x_t of the same values, so the conversion commutes with the guidance.
-            output = self.path.velocity_from_epsilon(torch.cat([x, x]) if passed == BOTH else x, output, sigma)
-        if passed != BOTH:
-            return output, None
-        null, conditional = output.chunk(2)
-        return conditional, null
-
-    def solve(self, x: Tensor, solver: str, keep: Callable[[Tensor], None]) -> Tensor:
-        """The solvers of `flow.solvers` written as sums of guided steps, each one pass of `ode_step`.
-
-        A step of several slopes is a sum of steps, rounded to x's dtype (fp32 or fp64) after each.
-        """
-
-        def step(state: Tensor, slope: Slope, h: Tensor) -> Tensor:
-            conditional, null = slope
-            return ops.ode_step(state, conditional, null, None if null is None else self.guidance, h)
-
-        previous: Slope | None = None
+    def solve(self, x: Tensor, keep: Callable[[Tensor], None], graphs: Graphs | None = None) -> Tensor:
+        step = None if graphs is None else graphs.stepper(self.rules, self.kept, x)
+        if step is None:
+            step = partial(take_step, self.rules, self.kept)
+        slope: Slope | None = None
         for i in range(self.steps.shape[0]):
-            h = self.steps[i]
-            if solver == "midpoint":
-                half_way = step(x, self.network(x, 2 * i), h / 2)
-                x = step(x, self.network(half_way, 2 * i + 1), h)
-            elif solver == "heun":
-                first = self.network(x, 2 * i)
-                second = self.network(step(x, first, h), 2 * i + 1)
-                x = step(step(x, first, h / 2), second, h / 2)
-            elif solver == "ab2" and previous is not None:
-                slope, extrapolated = self.network(x, i), h * h / (2 * self.steps[i - 1])
-                x = step(step(x, slope, h + extrapolated), previous, -extrapolated)
-                previous = slope
-            else:
-                previous = self.network(x, i)
-                x = step(x, previous, h)
+            x, slope = step(self.moment(x, i, slope))
             keep(x)
         return x
+
+    def moment(self, x: Tensor, i: int, previous: Slope | None) -> Moment:
+        """What step i reads. previous: the slope of the step before it, in a solver that has one."""
+        h, each = self.steps[i], self.levels.shape[0] // self.steps.shape[0]
+        numbers = range(each * i, each * (i + 1))
+        made = self.modulations.of(numbers)
+        calls = tuple(Call(self.passes[n], self.levels[n], m) for n, m in zip(numbers, made, strict=True))
+        return Moment(x, h, calls, previous, None if previous is None else h * h / (2 * self.steps[i - 1]))
 
 
 @dataclass
@@ -141,18 +115,32 @@ class Modulations:
     """
 
     model: Any
-    conditions: dict[str, tuple[Any, Tensor | None]]
+    conditions: Conditions
     passes: list[str]
     times: Tensor
     limits: dict[str, int]
     first: int = 0
     made: list[StepModulations] = field(default_factory=list)
 
-    def of(self, call: int) -> StepModulations | None:
+    def of(self, calls: range) -> list[StepModulations | None]:
+        """Those of one step's calls."""
+        made: list[StepModulations | None] = []
+        for call in calls:
+            if made and not self._has(call):
+                # A chunk ends within the step: what is still needed of it, one call's, is copied, so that the rest can
+                # be freed.
+                made = [mapped(one, torch.clone) for one in made]
+            made.append(self._of(call))
+        return made
+
+    def _has(self, call: int) -> bool:
+        return self.first <= call < self.first + len(self.made)
+
+    def _of(self, call: int) -> StepModulations | None:
         passed = self.passes[call]
         if self.limits[passed] == 0:
             return None
-        if not self.first <= call < self.first + len(self.made):
+        if not self._has(call):
             self.made = []  # what was there is freed first
             stop = call + 1
             while stop < len(self.passes) and stop - call < self.limits[passed] and self.passes[stop] == passed:
@@ -214,17 +202,13 @@ def _prepare(model: Any, given: Tensor, arguments: Arguments, modulation_bytes: 
     conditions = _conditions(model, context, mask, set(passes))
     path = FlowPath(config.schedule, config.sigma_min, config.sigma_max)
     return Run(
-        model,
-        path,
+        Rules(model, path, arguments.solver, dtype, arguments.truncate_time),
+        Kept(torch.full((), arguments.guidance_scale, dtype=wide, device=device), conditions),
         path.noise_scale(sigmas[0].to(device, wide)) * start,
         sigmas.to(device, wide).diff() * velocity_sign(config.time_convention, config.prediction_type),
         levels.to(device),
         passes,
-        conditions,
         Modulations(model, conditions, passes, times.to(device), _limits(model, conditions, dtype, modulation_bytes)),
-        dtype,
-        torch.full((), arguments.guidance_scale, dtype=wide, device=device),
-        arguments.truncate_time,
     )
 
 
@@ -244,9 +228,7 @@ def needed_passes(levels: Tensor, arguments: Arguments) -> list[str]:
     return [inside if bounds[0] <= level <= bounds[1] else CONDITIONAL for level in levels.tolist()]
 
 
-def _conditions(
-    model: Any, context: Tensor, mask: Tensor | None, needed: set[str]
-) -> dict[str, tuple[Any, Tensor | None]]:
+def _conditions(model: Any, context: Tensor, mask: Tensor | None, needed: set[str]) -> Conditions:
     """The condition of each pass, [M or 2 M, L, E], prepared where the model can; the null condition is zero."""
     samples = context.shape[0]
     whole = next(iter(needed)) if len(needed) == 1 else BOTH
@@ -258,15 +240,7 @@ def _conditions(
     made: Any = context
     if samples > 0 and can_prepare(model):
         made, mask = model.prepare_condition(context, mask), None
-    if whole != BOTH:
-        return {whole: (made, mask)}
-
-    def rows(start: int) -> tuple[Any, Tensor | None]:
-        stop = start + samples
-        part = made.rows(start, stop) if isinstance(made, PreparedCondition) else made[start:stop]
-        return part, None if mask is None else mask[start:stop]
-
-    return {BOTH: (made, mask), NULL: rows(0), CONDITIONAL: rows(samples)}
+    return by_pass(whole, made, mask)
 
 
 def can_prepare(model: Any) -> bool:
@@ -274,9 +248,7 @@ def can_prepare(model: Any) -> bool:
     return hasattr(model, "prepare_condition") and all(type(p) is torch.nn.Parameter for p in model.parameters())
 
 
-def _limits(
-    model: Any, conditions: dict[str, tuple[Any, Tensor | None]], dtype: torch.dtype, budget: int
-) -> dict[str, int]:
+def _limits(model: Any, conditions: Conditions, dtype: torch.dtype, budget: int) -> dict[str, int]:
     """How many calls of each pass have modulations of `budget` bytes."""
     if not hasattr(model, "prepare_modulations"):
         return dict.fromkeys(conditions, 0)

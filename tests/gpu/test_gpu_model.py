@@ -11,9 +11,10 @@ from benchmarks.gpu_timing import capture
 from benchmarks.model_block import Doubled, as_trained, judge_half
 from blip3o_fast import ops
 from blip3o_fast.flow.loss import network_output
+from blip3o_fast.flow.solvers import SOLVERS
 from blip3o_fast.models import BLIP3oConfig, BLIP3oDiT
 from blip3o_fast.models.eager import eager_forward
-from blip3o_fast.sampling import sample
+from blip3o_fast.sampling import Sampler, sample
 from blip3o_fast.testing import assert_contract
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*determinis")]
@@ -149,3 +150,41 @@ def test_a_sampling_step_in_a_graph(cuda_only, device, dtype):
             replay.run()
             torch.cuda.synchronize()
             assert torch.equal(replay.result["y"], expected), level
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_samplers_graphs(cuda_only, device, dtype, solver, masked):
+    """Whole runs by replay: the bits of the same runs without graphs, after a change of weights too."""
+    model = trained(configuration("small", False), device, dtype).eval()
+    config, weight = model.config, model.norm_out.linear_2.weight
+    sampler, eager = Sampler(model), Sampler(model, max_graphs=0)
+    mask = (torch.arange(9, device=device) < 6).expand(3, 9) if masked else None
+    results = []
+
+    def compare(**call) -> int:
+        """Graphs that were captured for it."""
+        before = sampler.graphs.captures
+        call |= {"num_steps": 4, "solver": solver, "encoder_mask": mask}
+        call["noise"] = torch.randn(3, config.num_tokens, config.in_channels, device=device)
+        condition = torch.randn(3, 9, config.cross_attention_dim, device=device)
+        expected, ours = eager(condition, **call), sampler(condition, **call)
+        assert sampler.graphs.reason is None, sampler.graphs.describe()
+        assert torch.equal(ours, expected)
+        results.append((ours, expected))
+        return sampler.graphs.captures - before
+
+    sampler.warmup((3,), num_steps=4, solver=solver, context_tokens=9)
+    kinds = sampler.graphs.captures
+    assert kinds == (2 if solver == "ab2" else 1), sampler.graphs.describe()
+    assert compare() == (kinds if masked else 0)
+    assert compare(guidance_scale=5.0) == 0
+    assert compare(guidance_scale=1.0) == kinds
+    assert compare(guidance_start=0.8, guidance_end=0.3) >= 1
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert compare() == 0
+    weight.data = 1.5 * weight.data
+    assert compare() == kinds
+    assert all(torch.equal(ours, expected) for ours, expected in results)  # the caller's own
