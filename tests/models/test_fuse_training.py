@@ -106,25 +106,25 @@ def by_diffusers(model: Any) -> None:
 PROTOCOLS = {"diffusers": by_diffusers, "transformers": non_reentrant, "transformers-reentrant": reentrant}
 
 
-@pytest.mark.parametrize("protocol", [None, *PROTOCOLS])
-def test_twenty_steps_are_stocks(protocol: str | None, around: Any) -> None:
-    """Stock's class refuses to checkpoint, so the run beside it keeps everything: the numbers are the same."""
+def test_twenty_steps_are_stocks(around: Any) -> None:
+    """Stock's class refuses to checkpoint, so one run of it stands beside ours without and under each protocol."""
     stock = around()
-    fast, data = fuse(copy.deepcopy(stock)), batches(20)
-    assert isinstance(fast.dit, FusedNetwork) and type(fast) is Around
+    start, data = copy.deepcopy(stock), batches(20)
     expected = train(stock, adamw(stock), data)
-    runs: list[int] = []
-    if protocol is not None:
-        PROTOCOLS[protocol](fast)
-        assert fast.dit.is_gradient_checkpointing
-    fast.dit.layers[0].attn1.to_q.register_forward_hook(lambda *_: runs.append(0))
-    assert_same_run(train(fast, adamw(fast), data), expected)
-    assert len(runs) == (20 if protocol is None else 40), "a block runs twice where it is checkpointed"
-    assert fast.queries.grad is not None and fast.backbone.linear1.weight.grad is None
-    if protocol in ("transformers", "transformers-reentrant"):
-        fast.activation_checkpointing_disable()
-        assert not fast.dit.is_gradient_checkpointing
-        assert not isinstance(unfuse(fast).dit, FusedNetwork)
+    for protocol, switch in {"none": None, **PROTOCOLS}.items():
+        fast, runs = fuse(copy.deepcopy(start)), []
+        assert isinstance(fast.dit, FusedNetwork) and type(fast) is Around
+        if switch is not None:
+            switch(fast)
+            assert fast.dit.is_gradient_checkpointing
+        fast.dit.layers[0].attn1.to_q.register_forward_hook(lambda *_, runs=runs: runs.append(0))
+        assert_same_run(train(fast, adamw(fast), data), expected)
+        assert len(runs) == (20 if switch is None else 40), f"{protocol}: a block runs twice where it is checkpointed"
+        assert fast.queries.grad is not None and fast.backbone.linear1.weight.grad is None
+        if protocol.startswith("transformers"):
+            fast.activation_checkpointing_disable()
+            assert not fast.dit.is_gradient_checkpointing
+            assert not isinstance(unfuse(fast).dit, FusedNetwork)
 
 
 @pytest.mark.parametrize("first", [fuse, unfuse], ids=["fuse-after-20", "unfuse-after-20"])
@@ -236,18 +236,17 @@ def _fully_shard(rank: int, stock: Any, call: list[Any], upstream: Tensor, expec
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh, called = init_device_mesh("cpu", (2,)), set()
+    seen = nn.modules.module.register_module_forward_pre_hook(lambda module, args: called.add(type(module).__name__))
     for layers_too, checkpointing in ((False, False), (True, False), (True, True)):
         model = fuse(copy.deepcopy(stock))
         for layer in model.layers if layers_too else ():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        called: set[str] = set()
-        seen = nn.modules.module.register_module_forward_pre_hook(lambda m, args: called.add(type(m).__name__))
         if checkpointing:
             model.enable_gradient_checkpointing()
+        called.clear()
         out = two_steps_of_half(rank, model.train(), call, upstream)
-        seen.remove()
         # A block that is sharded by itself must be called, so it runs its own forward; else all are read.
         assert {name for name in called if name.endswith("Block")} == ({BLOCK} if layers_too else set())
         torch.testing.assert_close(out, expected[2 * rank : 2 * rank + 2], atol=1e-5, rtol=0)
@@ -255,6 +254,7 @@ def _fully_shard(rank: int, stock: Any, call: list[Any], upstream: Tensor, expec
             assert (p.full_tensor() - after[name]).norm() <= 1e-5 * after[name].norm(), name
         with pytest.raises(ValueError, match="was sharded"):
             unfuse(model)
+    seen.remove()
     sharded = fully_shard(copy.deepcopy(stock), mesh=mesh)
     with pytest.raises(ValueError, match="is sharded .fully_shard.: fuse it first"):
         fuse(sharded)
