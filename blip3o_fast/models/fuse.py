@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from blip3o_fast.models import stock
-from blip3o_fast.models.layout import lay_out
+from blip3o_fast.models.layout import lay_out, tied
 
 SUPPORTED = (
     "diffusers' LuminaNextDiT2DModel, a pipeline that has one as its transformer, BLIP3-o's NextDiTCrossAttn, or a "
@@ -59,6 +59,15 @@ class FusedNetwork(nn.Module):
         )
         return self._output_class(sample=sample) if return_dict else (sample,)
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As stock's where its class names the repeated blocks. A block that is compiled runs its own forward."""
+        if not getattr(self, "_repeated_blocks", None):
+            raise ValueError(
+                f"compile_repeated_blocks: {type(self).__name__} names no repeated blocks, and fused they are read, "
+                "not called; compile the whole network instead (model.compile() or torch.compile(model))"
+            )
+        super().compile_repeated_blocks(*args, **kwargs)  # type: ignore[misc]
+
     # What replaces the storage of parameters ends with the weights side by side again.
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +90,9 @@ class FusedNetwork(nn.Module):
 
 
 def _lay_out(network: Any) -> None:
+    keep = tied(network)
     for layer in network.layers:
-        lay_out(layer)
+        lay_out(layer, keep)
 
 
 def _rebuild(stock_class: type) -> Any:
@@ -100,7 +110,6 @@ def fused_class(stock_class: type) -> type:
     if stock_class not in _CLASSES:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        stock.learn(_named_base(stock_class) or stock_class)
         namespace = {
             "__module__": stock_class.__module__,
             "__qualname__": stock_class.__qualname__,
@@ -140,30 +149,44 @@ def networks(x: Any) -> dict[str, Any]:
     )
 
 
-def _refusal(name: str, network: Any) -> str | None:
+def _refusal(network: Any) -> str | None:
     """Why a network's forward must not be replaced now, and what to do about it."""
     cls: Any = type(network)
     base: Any = _named_base(cls)
-    if "_orig_mod" in name.split(".") or network._compiled_call_impl is not None:
-        return "is compiled (torch.compile): fuse the model that was compiled, then compile it again"
     if any(c.__name__ == "FSDPModule" for c in cls.__mro__):
         return "is sharded (fully_shard): fuse it first, then shard it"
     if hasattr(network, "parametrizations"):
         return "is parametrized (torch.nn.utils.parametrize): fuse it first"
-    if "forward" in network.__dict__:
-        return (
-            "has a forward of its own (offloading, another hook of accelerate or diffusers, or a replaced method): "
-            "remove it, and add it again afterwards"
-        )
+    if _own_forward(network):
+        return f"has a forward of its own ({_hooks(network)}): remove it, fuse, and add it again"
     if cls.forward is not base.forward:
         return f"is a {cls.__name__} whose forward is not that of {stock.NETWORK}"
+    if not stock.written_with(base, base.forward):
+        return f"has a forward that was put into the class {base.__name__} from outside: undo that first"
     if not set(_ARGUMENTS) <= set(inspect.signature(cls.forward).parameters):
         return f"has a forward that does not take {', '.join(_ARGUMENTS)}"
     return None
 
 
+def _own_forward(network: Any) -> bool:
+    """Whether the network itself, not its class, has a forward. The class's own, bound, is what removed hooks leave."""
+    forward = network.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(network).forward
+
+
+def _hooks(network: Any) -> str:
+    """Who replaced a network's forward, and how it is undone."""
+    if hasattr(network, "_hf_hook"):
+        how = "pipe.remove_all_hooks() or accelerate.hooks.remove_hook_from_submodules"
+        return f"accelerate's {type(network._hf_hook).__name__}: offloading or a device map, undone by {how}"
+    if getattr(network, "_diffusers_hook", None) is not None and network._diffusers_hook.hooks:
+        names = ", ".join(network._diffusers_hook.hooks)
+        return f"diffusers' {names}: undone by network._diffusers_hook.remove_hook where it can be"
+    return "a replaced method"
+
+
 def _refuse(name: str, network: Any) -> None:
-    reason = _refusal(name, network)
+    reason = _refusal(network)
     if reason is not None:
         raise ValueError(f"{name or type(network).__name__} {reason}")
 
@@ -191,14 +214,19 @@ def fuse(x: T) -> T:
     Signature, outputs, config, state dict, parameters (the very objects) and saved folders are stock's. A block that
     cannot be read (another attention processor, a hook on its norms, sharded) runs its own forward: see
     `models.fuse.obstacles`; how many networks and blocks were fused is logged (INFO, logger "blip3o_fast.models.fuse").
+    A model that was compiled stays so: its next call compiles the fused forward. Tied weights stay tied.
     Beyond stock: cross_attention_kwargs=None, `enable_gradient_checkpointing()`, and a context mask that is all false.
     Raises ValueError where x holds no such network, with what was looked for, and where a network cannot be fused as it
-    is (compiled, sharded, hooked as a whole, a changed forward), before anything is changed.
+    is (sharded, parametrized, offloaded or hooked as a whole, a changed forward), before anything is changed.
     """
-    found = {name: module for name, module in networks(x).items() if not isinstance(module, FusedNetwork)}
+    here = networks(x)
+    found = {name: module for name, module in here.items() if not isinstance(module, FusedNetwork)}
     for name, network in found.items():
         _refuse(name, network)
+    for network in here.values():
+        stock.learn(_named_base(type(network)))  # again each time, since classes may have been patched or mended
     for network in found.values():
+        network.__dict__.pop("forward", None)
         network.__class__ = fused_class(type(network))
         _lay_out(network)
     blocks = sum(len(network.layers) for network in found.values())
@@ -216,7 +244,7 @@ def unfuse(x: T) -> T:
     found = {name: module for name, module in networks(x).items() if isinstance(module, FusedNetwork)}
     for name, network in found.items():
         shown = name or type(network).__name__
-        if type(network) is not fused_class(network._stock_class) or "forward" in network.__dict__:
+        if type(network) is not fused_class(network._stock_class) or _own_forward(network):
             raise ValueError(f"{shown} was sharded, parametrized or hooked after it was fused: undo that first")
         supported = getattr(network._stock_class, "_supports_gradient_checkpointing", False)
         if network.gradient_checkpointing and not supported:
@@ -226,5 +254,6 @@ def unfuse(x: T) -> T:
     for network in found.values():
         if not getattr(network._stock_class, "_supports_gradient_checkpointing", False):
             network.__dict__.pop("gradient_checkpointing", None)  # diffusers' switch left it
+        network.__dict__.pop("forward", None)
         network.__class__ = network._stock_class
     return x

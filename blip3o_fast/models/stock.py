@@ -1,9 +1,9 @@
 """The forward that `fuse` gives to diffusers' `LuminaNextDiT2DModel`, over the network's own submodules.
 
 A block takes the fused path only where reading its weights is the same as calling its modules: every container, norm
-and attention processor is of the class that diffusers builds it from and has no hook. The Linear layers may be
-anything, since one that is not plain is called as a module (an adapter, a quantised or an offloaded layer). Any other
-block runs its own forward, as it would without us; `obstacle` says why.
+and attention processor is of the class that diffusers builds it from, which nobody has patched, and has no hook. The
+Linear layers may be anything, since one that is not plain is called as a module (an adapter, a quantised or an
+offloaded layer). Any other block runs its own forward, as it would without us; `obstacle` says why.
 
 Only modules that are called fire hooks, so hooks for all modules of the process see the network and what runs by
 itself. An all-false row of the context mask means "no context", where stock gives NaN.
@@ -30,9 +30,11 @@ _BASE = "base_sequence_length"
 # What stock is built from, filled by `learn`: importing this module imports no diffusers.
 _BLOCKS: set[type] = set()
 _KINDS: dict[str, type] = {}
+# What their instances run when called, by class; None where somebody had replaced it before we came.
+_CALLED: dict[type, Any] = {}
 
 
-def learn(network_class: type) -> None:
+def learn(network_class: Any) -> None:
     """Get to know the classes of diffusers, and the block beside this network's class (BLIP3-o has a copy)."""
     from diffusers.models.activations import FP32SiLU
     from diffusers.models.attention import LuminaFeedForward
@@ -63,6 +65,23 @@ def learn(network_class: type) -> None:
     beside = getattr(sys.modules.get(network_class.__module__), _BLOCK, None)
     if isinstance(beside, type):
         _BLOCKS.add(beside)
+    for cls in (*_BLOCKS, *_KINDS.values()):
+        _CALLED[cls] = _called(cls) if written_with(cls, _called(cls)) else None
+
+
+def _called(cls: Any) -> Any:
+    return cls.forward if issubclass(cls, nn.Module) else cls.__call__
+
+
+def written_with(cls: type, function: Any) -> bool:
+    """Whether a method of cls comes from the package of the class that defines it: others patch classes in place."""
+    owner = next(c for c in cls.__mro__ if c.__dict__.get(function.__name__) is function or c is object)
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    return home.partition(".")[0] == owner.__module__.partition(".")[0]
+
+
+def _unpatched(cls: type) -> bool:
+    return _called(cls) is _CALLED[cls]
 
 
 # ---- what may be read instead of being called ------------------------------------------------------------------------
@@ -70,7 +89,7 @@ def learn(network_class: type) -> None:
 
 def _as_built(module: Any, kind: str) -> bool:
     expected: Any = _KINDS[kind]
-    return type(module) is expected and fused.untouched(module)
+    return type(module) is expected and _unpatched(expected) and fused.untouched(module)
 
 
 def _rms_norm(norm: Any) -> bool:
@@ -90,6 +109,8 @@ def obstacle(block: Any) -> str | None:
     """Why a block must run its own forward; None where the fused ops compute the same from its weights."""
     if type(block) not in _BLOCKS:
         return f"it is a {type(block).__name__}"
+    if not _unpatched(type(block)):
+        return f"the forward of {type(block).__name__} was replaced"
     if not fused.untouched(block) or block._compiled_call_impl is not None:
         return "it has a hook, a forward of its own or is compiled"
     attn1, attn2, norm1, feed_forward = block.attn1, block.attn2, block.norm1, block.feed_forward
@@ -102,16 +123,19 @@ def obstacle(block: Any) -> str | None:
         ("feed_forward.silu", feed_forward.silu),
     ):
         if not _as_built(part, kind):
-            return f"{kind} is hooked or is a {type(part).__name__}"
-    if type(attn1.processor) is not _KINDS["processor"] or type(attn2.processor) is not _KINDS["processor"]:
+            return f"{kind} is hooked, patched or is a {type(part).__name__}"
+    processor = _KINDS["processor"]
+    if type(attn1.processor) is not processor or type(attn2.processor) is not processor:
         return f"its attention processors are {type(attn1.processor).__name__} and {type(attn2.processor).__name__}"
+    if not _unpatched(processor):
+        return f"the call of {processor.__name__} was replaced"
     for attn in (attn1, attn2):
         if attn.heads != block.gate.shape[0] or attn.scale != block.head_dim**-0.5:
             return "an attention has other heads or another scale than its block"
     norms = (norm1.norm, block.norm2, block.ffn_norm1, block.ffn_norm2, block.norm1_context)
     qk_norms = (attn1.norm_q, attn1.norm_k, attn2.norm_q, attn2.norm_k)
     if not all(_rms_norm(norm) for norm in norms) or not all(_qk_norm(norm) for norm in qk_norms):
-        return "a norm is hooked or of another kind"
+        return "a norm is hooked, patched or of another kind"
     if len({norm.eps for norm in norms}) > 1 or len({norm.eps for norm in qk_norms if norm is not None}) > 1:
         return "its norms differ in eps"
     return None if fused.dense(block.gate) else "its gate is no plain parameter"

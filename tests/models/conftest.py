@@ -104,3 +104,44 @@ def inputs() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         return hidden_states, timestep, torch.randn(batch, context, config.cross_attention_dim, dtype=dtype)
 
     return build
+
+
+# ---- the drop-in: diffusers' own network, which `fuse` changes in place ----------------------------------------------
+
+
+@pytest.fixture
+def build_lumina() -> Callable[..., Any]:
+    """build_lumina(**overrides): a tiny `LuminaNextDiT2DModel`, no gate zero and no norm one."""
+
+    def build(**overrides: Any) -> Any:
+        from diffusers import LuminaNextDiT2DModel
+
+        sizes: dict[str, Any] = {"sample_size": 4, "patch_size": 1, "in_channels": 6, "hidden_size": 64}
+        sizes |= {"num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 2, "multiple_of": 32}
+        model = LuminaNextDiT2DModel(**{**sizes, "learn_sigma": False, "cross_attention_dim": 24, **overrides})
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name == "pad_token":
+                    p.normal_()  # stock leaves uninitialised memory
+                elif p.dim() == 1:
+                    p.add_(torch.randn_like(p) * (1.0 if name.endswith("gate") else 0.2))
+        return model
+
+    return build
+
+
+@pytest.fixture
+def lumina_call() -> Callable[..., list[Any]]:
+    """lumina_call(model, batch, rows, columns, **rope): stock's positional arguments, half of the context masked."""
+
+    def make(model: Any, batch: int = 2, rows: int = 4, columns: int = 4, **rope: float) -> list[Any]:
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+        config, patch = model.config, model.config.patch_size
+        mask = (torch.rand(batch, 5) < 0.5).long()
+        mask[:, 0] = 1
+        table = get_2d_rotary_pos_embed_lumina(model.head_dim, 384, 384, **rope)
+        x = torch.randn(batch, config.in_channels, rows * patch, columns * patch)
+        return [x, torch.rand(batch) * 1000, torch.randn(batch, 5, config.cross_attention_dim), mask, table, {}]
+
+    return make

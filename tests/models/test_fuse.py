@@ -126,6 +126,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "other-rope": ({}, {"rope": {"linear_factor": 1.5, "ntk_factor": 2.0}}),
     "head-72": ({"hidden_size": 144}, {}),
     "64-tokens": ({"hidden_size": 128}, {"rows": 8, "columns": 8, "context": 64}),
+    "gqa-8-of-32": ({"hidden_size": 256, "num_attention_heads": 32, "num_kv_heads": 8, "num_layers": 1}, {}),
+    "head-72-gqa-patch-2-sigma": (
+        {"hidden_size": 288, "num_attention_heads": 4, "num_kv_heads": 1, "patch_size": 2, "learn_sigma": True},
+        {"masked": True, "context": 16, "rope": {"linear_factor": 1.0, "ntk_factor": 1.7}},
+    ),
+    "row-of-384": ({"num_layers": 1}, {"batch": 1, "rows": 1, "columns": 384}),
+    "column-of-384": ({"num_layers": 1, "patch_size": 2}, {"batch": 1, "rows": 384, "columns": 1, "base": 64}),
+    "context-512": ({"num_layers": 1}, {"context": 512}),
+    "context-512-masked": ({"num_layers": 1}, {"context": 512, "masked": True, "rope": {"linear_factor": 2.0}}),
     "ffn-and-eps": ({"ffn_dim_multiplier": 1.5, "norm_eps": 1e-3, "num_layers": 3}, {"batch": 1}),
 }
 
@@ -152,19 +161,19 @@ def test_both_kinds_of_output() -> None:
     assert torch.equal(fast(**named, return_dict=True)[0], out[0])
 
 
-def test_no_block_runs_the_stock_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_block_runs_the_stock_way() -> None:
+    """Hooks for all modules of the process see what is called."""
     stock = build()
     call, fast = call_of(stock), fuse(copy.deepcopy(stock))
-
-    def called(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("stock's forward ran")
-
-    monkeypatch.setattr(LuminaNextDiTBlock, "forward", called)
-    monkeypatch.setattr(LuminaCombinedTimestepCaptionEmbedding, "forward", called)
-    monkeypatch.setattr(LuminaLayerNormContinuous, "forward", called)
-    assert fast(*call).sample.isfinite().all()
-    with pytest.raises(AssertionError, match="stock's forward ran"):
+    called: set[type] = set()
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: called.add(type(module)))
+    read = {LuminaNextDiTBlock, LuminaCombinedTimestepCaptionEmbedding, LuminaLayerNormContinuous}
+    try:
+        assert fast(*call).sample.isfinite().all() and not called & read
         stock(*call)
+        assert read <= called
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -332,43 +341,6 @@ def test_saved_folders_are_stocks(shards: bool, tmp_path: Any) -> None:
         assert type(loaded) is LuminaNextDiT2DModel
         for name, tensor in stock.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor), name
-
-
-def steps(model: Any, optimizer: Any, call: list[Any], target: Tensor, count: int) -> list[float]:
-    losses = []
-    for _ in range(count):
-        optimizer.zero_grad()
-        loss = (model(*call).sample - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize("fused_first", [False, True], ids=["fuse", "unfuse"])
-def test_an_optimizer_goes_on(fused_first: bool) -> None:
-    """5 AdamW steps one way and 5 the other, with one optimizer, are 10 steps of stock."""
-    stock = build()
-    call = call_of(stock)
-    target = torch.randn_like(stock(*call).sample)
-    other = copy.deepcopy(stock)
-    start = copy.deepcopy(stock.state_dict())
-    optimizer = torch.optim.AdamW(stock.parameters(), lr=1e-3)
-    expected = steps(stock, optimizer, call, target, 10)
-    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
-    if fused_first:
-        fuse(other)
-    losses = steps(other, optimizer, call, target, 5)
-    (unfuse if fused_first else fuse)(other)
-    losses += steps(other, optimizer, call, target, 5)
-    assert expected[-1] < 0.99 * expected[0], "nothing was learned"
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 1e-5
-    assert (unfuse(other)(*call).sample - stock(*call).sample).abs().max() <= 1e-5
-    for name, p in stock.named_parameters():
-        # Adam divides by the gradient's own size: where the exact gradient is zero it walks on rounding alone
-        if not name.endswith(("attn2.norm_k.bias", "pad_token")):
-            moved = (p - start[name]).norm().item()
-            assert (other.get_parameter(name) - p).norm().item() <= 1e-2 * moved, name
 
 
 # ---- blocks that cannot be read, and layers that are called ----------------------------------------------------------
@@ -591,14 +563,15 @@ def test_a_checkpointing_function_of_the_users() -> None:
 
 
 def test_it_compiles() -> None:
-    model = fuse(build())
+    """Fused through the compiled model that wraps it; `test_fuse_contract.py` has one that ran before."""
+    model = build()
     call = call_of(model, masked=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert fuse(compiled) is compiled
+    assert_fused(model)
     out = compiled(*call).sample
     assert (out - model(*call).sample).abs().max() <= 1e-5
-    with pytest.raises(ValueError, match="is compiled"):
-        fuse(torch.compile(build()))
 
 
 # ---- what is found ---------------------------------------------------------------------------------------------------
@@ -800,7 +773,8 @@ class SameForward(LuminaNextDiT2DModel):
 
 def with_own_forward() -> Any:
     model = build()
-    model.forward = model.forward
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
     return model
 
 
@@ -808,12 +782,6 @@ def with_accelerate_hook() -> Any:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     return add_hook_to_module(build(), ModelHook())
-
-
-def compiled_in_place() -> Any:
-    model = build()
-    model.compile(backend="eager")
-    return model
 
 
 def sharded() -> Any:
@@ -835,10 +803,8 @@ def parametrized() -> Any:
     ("make", "message"),
     [
         (lambda: OtherForward(**TINY), "is a OtherForward whose forward is not that of LuminaNextDiT2DModel"),
-        (with_own_forward, "has a forward of its own"),
-        (with_accelerate_hook, "has a forward of its own"),
-        (compiled_in_place, "is compiled"),
-        (lambda: torch.compile(build()), "is compiled"),
+        (with_own_forward, r"has a forward of its own \(a replaced method\)"),
+        (with_accelerate_hook, r"has a forward of its own \(accelerate's ModelHook.*remove_all_hooks"),
         (parametrized, "is parametrized"),
         (sharded, "is sharded"),
     ],
@@ -872,9 +838,9 @@ def test_hooks_put_on_later_keep_it_from_being_unfused() -> None:
     with pytest.raises(ValueError, match="hooked after it was fused"):
         unfuse(model)
     remove_hook_from_module(model)
-    # accelerate leaves the bound method behind; it is the class's own again once it is gone
-    model.__dict__.pop("forward", None)
-    assert type(unfuse(model)) is LuminaNextDiT2DModel
+    # accelerate leaves the fused forward behind, bound to the model
+    assert "forward" in model.__dict__
+    assert type(unfuse(model)) is LuminaNextDiT2DModel and "forward" not in model.__dict__
 
 
 def test_offloading_after_fusing() -> None:

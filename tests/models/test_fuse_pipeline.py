@@ -113,6 +113,20 @@ def test_steps_of_the_scheduler_by_hand_see_the_same_network() -> None:
     assert np.abs(image(pipe, scaling_watershed=0.0) - first).max() > 1e-5
 
 
+def test_offloading_by_the_pipeline() -> None:
+    """Switched on first it is refused with the way out, which works; switched on afterwards it gives the same image."""
+    pipe = pipeline()
+    expected = image(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"accelerate's CpuOffload.*pipe.remove_all_hooks\(\)"):
+        fuse(pipe)
+    pipe.remove_all_hooks()
+    fuse(pipe).enable_model_cpu_offload(device="cpu")
+    assert np.abs(image(pipe) - expected).max() <= 1e-4
+    pipe.remove_all_hooks()
+    assert np.array_equal(image(unfuse(pipe)), expected)
+
+
 WITHOUT_US = """
 import sys
 class Forbidden:
