@@ -1,24 +1,28 @@
-"""Which implementation attends: our own backends, or PyTorch's `scaled_dot_product_attention` by the name `sdpa`."""
-
-import importlib.util
+"""Which implementation attends: our own backends, or by name PyTorch's `scaled_dot_product_attention` and others'."""
 
 import torch
 from torch import Tensor
 
+from blip3o_fast.ops import _attention_peers as peers
 from blip3o_fast.ops import _triton
 from blip3o_fast.ops._backend import Backends, use_backend
+from blip3o_fast.ops._softmax_blocks import seen
 from blip3o_fast.ops._switch import Switch
 
-NAMES = ("auto", "sdpa", "flash-attn", "xformers")
+# What is no backend of ours: `attend` calls it, and it differentiates itself.
+IMPLEMENTATIONS = ("sdpa", *peers.NAMES)
+NAMES = ("auto", *IMPLEMENTATIONS)
 
 
 class use_attention(Switch):
     """Choose who computes attention: `use_attention("sdpa")` from here on, `with use_attention("sdpa"):` inside.
 
     name: "auto" (the default: what `use_backend` says, and by default the faster one as measured), "sdpa"
-    (`torch.nn.functional.scaled_dot_product_attention`, differentiated by PyTorch), "flash-attn" or "xformers"
-    (see `attention_implementations`). A name given here counts more than `use_backend` for the attention ops.
-    Raises ValueError for another name; an implementation that cannot run raises RuntimeError when the op is called.
+    (`torch.nn.functional.scaled_dot_product_attention`), "flash-attn" (version 3 on Hopper where it is installed, else
+    2; fp16 and bf16) or "xformers" (`memory_efficient_attention`); all but "auto" are differentiated by their own
+    code, with their own roundings. A name given here counts more than `use_backend` for the attention ops.
+    Raises ValueError for another name, ImportError where the package cannot be imported, with how to install it and
+    which names work here. What cannot run a call (its device, its dtype) raises RuntimeError when the op is called.
     """
 
     active = "auto"
@@ -26,35 +30,56 @@ class use_attention(Switch):
     def __init__(self, name: str) -> None:
         if name not in NAMES:
             raise ValueError(f"attention must be one of {', '.join(NAMES)}, got {name!r}")
+        reason = peers.load(name) if name in peers.NAMES else None
+        if reason is not None:
+            works = [known for known, wrong in attention_implementations().items() if wrong is None]
+            raise ImportError(f"attention {name!r} is {reason}; here work: {', '.join(('auto', *works))}")
         super().__init__(name)
 
 
 def attention_implementations() -> dict[str, str | None]:
-    """Each implementation that `use_attention` knows by name -> None where it works, else why it does not."""
-    return {"sdpa": None, "flash-attn": _not_wired("flash_attn"), "xformers": _not_wired("xformers")}
+    """Each implementation that `use_attention` knows by name -> None where it works, else why it does not.
 
-
-def _not_wired(package: str) -> str:
-    installed = "is installed" if importlib.util.find_spec(package) is not None else "is not installed"
-    return f"not wired yet: the attention ops do not call {package}, which {installed} here"
+    Imports the packages, to see whether they can be.
+    """
+    return {"sdpa": None, **{name: peers.why_not(name) for name in peers.NAMES}}
 
 
 def choose(
-    backends: Backends, q: Tensor, k: Tensor, *others: Tensor | None, dtype: torch.dtype, differentiable: bool
+    backends: Backends,
+    q: Tensor,
+    k: Tensor,
+    *others: Tensor | None,
+    dtype: torch.dtype,
+    differentiable: bool,
+    computed: torch.dtype | None = None,
 ) -> str:
-    """The backend of a call, or "sdpa". RuntimeError where the one asked for by name cannot run it.
+    """The backend of a call, or one of IMPLEMENTATIONS. RuntimeError where what is asked for by name cannot run it.
 
-    q, k: [B, T, heads, d], those with the most pairs where there are several; dtype: the result's.
+    q, k: [B, T, heads, d], those with the most pairs where there are several; dtype: the result's; computed: in which
+    IMPLEMENTATIONS compute it (`computing_dtype`), if another.
     """
-    if use_attention.active == "auto":
+    name = use_attention.active
+    if name == "auto":
         backend = backends.choose(q, k, *others)
         if backend == "reference" and use_backend.active == "auto" and _prefers_sdpa(q, k, dtype, differentiable):
             return "sdpa"
         return backend
-    if use_attention.active != "sdpa":
-        reason = attention_implementations()[use_attention.active]
-        raise RuntimeError(f"attention implementation {use_attention.active!r} cannot run {backends.op}: {reason}")
-    return use_attention.active
+    reason = peers.refusal(name, computed or dtype, q) if name in peers.NAMES else None
+    if reason is not None:
+        raise RuntimeError(f"attention implementation {name!r} cannot run {backends.op}: {reason}")
+    return name
+
+
+def computing_dtype(dtype: torch.dtype, q: Tensor, *others: Tensor) -> torch.dtype:
+    """What IMPLEMENTATIONS compute in: `dtype` under autocast, else the widest of the tensors'."""
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return dtype
+    widest = q.dtype
+    for other in others:
+        widest = torch.promote_types(widest, other.dtype)
+    return widest
 
 
 # What one program of the triton kernels holds of a head.
@@ -92,36 +117,49 @@ def _prefers_sdpa(q: Tensor, k: Tensor, dtype: torch.dtype, differentiable: bool
     return dtype != torch.bfloat16 or q.shape[1] * k.shape[1] > _BF16_REFERENCE_PAIRS
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`scaled_dot_product_attention` on q [B, Tq, H, d], k and v [B, Tk, K, d], mask bool [B, Tk].
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One of IMPLEMENTATIONS on q [B, Tq, H, d], k and v [B, Tk, K, d], mask bool [B, Tk].
 
-    Returns [B, Tq, H, d] as PyTorch left it: in `dtype` under autocast, else in the widest dtype of q, k and v.
+    Returns [B, Tq, H, d] as they left it: in `dtype` under autocast, else in the widest dtype of q, k and v.
     """
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
+    dtype = computing_dtype(dtype, q, k, v)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    if type(mask) is Tensor and not torch.compiler.is_compiling():  # what it holds decides, which no trace can know
+        mask = seen(mask)
+    # A sample that sees nothing is given everything, so that no kernel meets an empty softmax, and set to zero after.
+    empty = None if mask is None else ~mask.any(-1)
+    visible = mask if mask is None or empty is None else mask | empty[:, None]
+    if k.shape[1] == 1:
+        out = _over_one_key(q, k, v, scale)
+    elif name in peers.NAMES and q.shape[0] > 0:
+        out = peers.attend(name, q, k, v, scale, visible)
+    else:
+        out = sdpa(q, k, v, scale, visible)
+    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """`scaled_dot_product_attention` on tensors of one dtype, each sample with a visible key; as `attend`."""
+    q, k, v = _heads_first(q, k, v)
+    visible = None if mask is None else mask[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    return out.transpose(1, 2)
+
+
+def _over_one_key(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The softmax of one score is 1 whatever q and k are. The backward of PyTorch's softmax gives them zero gradients,
+    where fused ones leave rounding."""
+    q, k, v = _heads_first(q, k, v)
+    return (torch.softmax(q @ k.transpose(-1, -2) * scale, -1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, heads, d] to [B, H, T, d], each key head repeated for its group of query heads."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if k.shape[1] != q.shape[1]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if k.shape[2] == 1:
-        # The softmax of one score is 1 whatever q and k are. PyTorch's fused backward leaves rounding where their
-        # gradients are zero; the backward of its softmax does not.
-        out = torch.softmax(q @ k.transpose(-1, -2) * scale, -1).to(v.dtype) @ v
-        return _without(out, None if mask is None else ~mask.any(-1))
-    if mask is None:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    # a sample that sees nothing is given everything, so that no kernel meets an empty softmax, and is set to zero after
-    empty = ~mask.any(-1)
-    visible = (mask | empty[:, None])[:, None, None]
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    return _without(out, empty)
-
-
-def _without(out: Tensor, empty: Tensor | None) -> Tensor:
-    """[B, H, T, d] to [B, T, H, d], zero for the samples (bool [B]) that see nothing."""
-    out = out.transpose(1, 2)
-    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0)
+    return q, k, v
 
 
 def check_mask(mask: Tensor | None, x: Tensor, context: int, name: str) -> None:
