@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.ops import _attention_peers as peers
-from blip3o_fast.ops import _triton
+from blip3o_fast.ops import _cpu, _triton
 from blip3o_fast.ops._backend import Backends, use_backend
 from blip3o_fast.ops._softmax_blocks import seen
 from blip3o_fast.ops._switch import Switch
@@ -62,9 +62,8 @@ def choose(
     name = use_attention.active
     if name == "auto":
         backend = backends.choose(q, k, *others)
-        if backend == "reference" and use_backend.active == "auto" and _prefers_sdpa(q, k, dtype, differentiable):
-            return "sdpa"
-        return backend
+        automatic = use_backend.active == "auto"
+        return "sdpa" if automatic and _prefers_sdpa(backend, q, k, dtype, differentiable) else backend
     reason = peers.refusal(name, computed or dtype, q) if name in peers.NAMES else None
     if reason is not None:
         raise RuntimeError(f"attention implementation {name!r} cannot run {backends.op}: {reason}")
@@ -93,28 +92,50 @@ def triton_refusal(x: Tensor, *others: Tensor | None) -> str | None:
     return _triton.refusal(x, *others)
 
 
-# CPU milliseconds of dual_attention, forward / forward and backward, [16, 64, 28, 64] on one core with AVX-512, PyTorch
-# 2.13, interleaved:                 sdpa        reference    stock's sequence
-#                       fp32        24 /  76     26 /  86     31 /  95
-#                       bf16        29 / 164     24 /  76     31 / 164
-#                       fp16        66 / 426     22 /  70     71 / 426
-# Both are for where there is no extension. The cpu backend, from 64 tokens to 4096, took 0.2 to 0.7 of sdpa's time with
-# AVX-512 (1024 tokens, 4 heads, fp32: 10 / 33 against 22 / 76) and, at 64 tokens, up to all of it with AVX2: where it
-# can run, it is the choice.
-# PyTorch's half-precision kernels convert more than they compute. In fp16 that holds at every length (1024 tokens,
-# 4 heads: 27 / 411 against 18 / 67); in bf16 up to about 200 tokens (256 tokens, 2 samples, 28 heads: 23 / 85 against
-# 26 / 88; 1024 tokens, 4 heads: 16 / 46 against 19 / 67).
-_BF16_REFERENCE_PAIRS = 1 << 15
+# The rule of `auto`: stock calls PyTorch's SDPA with key heads repeated and a mask expanded, also where nothing is
+# hidden; `sdpa` here is that call without them, so it is the choice wherever a kernel of ours would lose. How many
+# times faster than stock dual_attention was, PyTorch 2.13, interleaved, forward / forward and backward, over 1 to 32
+# samples of 64 tokens with a context of 1 to 512 and 256 to 4096 tokens with 4 query heads of 72 per key head
+# (avx512_bf16: two cores by the clock, on a machine that others used; the rest: one core by processor time):
+#
+#   C++ kernels   avx512_bf16   fp32 2.2-4.6 / 1.8-5.9   bf16 2.5-9.6 / 2.0-7.3
+#                 avx2          fp32 1.4-2.7 / 1.0-2.1   bf16 1.6-2.7             (PyTorch with AVX2 too)
+#                 generic       fp32 0.8-1.4 / 0.6-1.0   bf16 0.7-1.2 / 1.2-1.7 up to 2^15 pairs, 0.5-0.9 beyond
+#                                                        fp16 1.0-1.7 / 1.9-4.8
+#   sdpa                        fp32 1.1-1.4 / 1.0-1.2   bf16 1.0-1.2 / 1.0-1.1   fp16 1.0-1.1 / 1.0
+#   reference                   fp32 0.8-1.0 / 0.7-0.9   bf16 0.6-0.9 / 1.0-1.4 up to 2^13 pairs, 0.6-0.9 beyond
+#                                                        fp16 1.5-1.6 / 2.8-4.3
+_HALF_PAIRS = {"cpu": 1 << 15, "reference": 1 << 13}
 
 
-def _prefers_sdpa(q: Tensor, k: Tensor, dtype: torch.dtype, differentiable: bool) -> bool:
+def _prefers_sdpa(backend: str, q: Tensor, k: Tensor, dtype: torch.dtype, differentiable: bool) -> bool:
     """Whether sdpa is the faster of the two; off the CPU also only where it is sure to be repeatable bit by bit."""
     if q.device.type != "cpu":
         # not measured; PyTorch's backward kernels add up dq in the order in which they come
-        return not differentiable
-    if dtype == torch.float16:
+        return backend == "reference" and not differentiable
+    if backend not in _HALF_PAIRS or (backend == "cpu" and _cpu.active_isa() != _PORTABLE) or dtype == torch.float16:
         return False
-    return dtype != torch.bfloat16 or q.shape[1] * k.shape[1] > _BF16_REFERENCE_PAIRS
+    if dtype == torch.bfloat16 and differentiable:
+        return q.shape[1] * k.shape[1] > _HALF_PAIRS[backend]
+    return True
+
+
+_PORTABLE = "generic"  # the instruction set of vectors that every processor has
+
+
+def attention_rule() -> dict[str, str]:
+    """What `use_attention("auto")` takes on this machine, by device: the rule that was measured."""
+    if not _cpu.ISAS:
+        kept, pairs = "the reference", _HALF_PAIRS["reference"]
+    elif _cpu.active_isa() == _PORTABLE:
+        kept, pairs = "the C++ kernels", _HALF_PAIRS["cpu"]
+    else:
+        kept, pairs = "", 0
+    cpu = f"sdpa; {kept} in fp16, and to train in bf16 up to {pairs} pairs of query and key per head"
+    return {
+        "cpu": cpu if kept else f"the C++ kernels ({_cpu.active_isa()}): faster than sdpa at every size measured",
+        "cuda": "the triton, else the cuda kernels; where neither runs sdpa, and the reference for gradients",
+    }
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
