@@ -204,6 +204,7 @@ def attention() -> dict[str, str]:
 def sections() -> Iterator[tuple[str, dict[str, str]]]:
     """The report: (title, {label: text}) per section."""
     from blip3o_fast import __version__
+    from blip3o_fast.ops import attention_rule
 
     commit = _commit()
     yield (
@@ -232,7 +233,8 @@ def sections() -> Iterator[tuple[str, dict[str, str]]]:
     )
     yield "backends", backends()
     yield "C++ kernels: instruction sets and threads", native()
-    yield "attention", attention()
+    rule = {f"auto on {device}": choice for device, choice in attention_rule().items()}
+    yield "attention", rule | attention()
     given = {name: "(set)" if name in _SECRET else value for name in VARIABLES if (value := read(name))}
     yield "environment variables that are set", given or {"none": ""}
 

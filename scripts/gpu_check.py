@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # ops' times have.
 TESTS, MODEL = 0.6, 0.15
 # Parity first: where the time is too short for all, it is the last that are missing.
-TEST_FILES = [f"tests/gpu/test_gpu_{name}.py" for name in ("parity", "repeat", "model")]
+TEST_FILES = [f"tests/gpu/test_gpu_{name}.py" for name in ("parity", "repeat", "model", "attention_peers")]
 # Times that matter most come first: what is cut off at the end is the least of them.
 ORDER = [("bfloat16", 32), ("bfloat16", 256), ("bfloat16", 1), ("float32", 32), ("bfloat16", 8), ("bfloat16", 128)]
 # Where torch.compile is timed too; everywhere where no tests take the time (--skip-tests).
@@ -286,7 +286,7 @@ def main(arguments: list[str]) -> int:
 
     from benchmarks import goals, gpu_rows
     from benchmarks.gpu_timing import Clock
-    from blip3o_fast.ops import _cuda
+    from blip3o_fast.ops import _cuda, attention_implementations
 
     device = "cpu" if options.dry_run else "cuda"
     stamp, slug = stamp_of(options, device)
@@ -298,6 +298,8 @@ def main(arguments: list[str]) -> int:
     reason = _cuda.why_not(device, None if options.dry_run else 0)
     report.data["cuda_kernels"] = "work" if reason is None else f"absent: {reason}"
     say(f"CUDA C++ kernels: {report.data['cuda_kernels']}")
+    report.data["attention"] = {name: why or "works" for name, why in attention_implementations().items()}
+    say("attention by name: " + "; ".join(f"{name}: {state}" for name, state in report.data["attention"].items()))
 
     if not options.skip_tests:
         report.data["tests"] = run_tests(options, options.budget * (1.0 if options.skip_times else TESTS))

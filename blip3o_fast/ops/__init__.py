@@ -4,7 +4,7 @@
 function's name: `importlib.import_module("blip3o_fast.ops.<op>")`.
 """
 
-from blip3o_fast.ops._attention import attention_implementations, use_attention
+from blip3o_fast.ops._attention import attention_implementations, attention_rule, use_attention
 from blip3o_fast.ops._backend import use_backend
 from blip3o_fast.ops._cpu import use_isa
 from blip3o_fast.ops._debug import debug_ops
@@ -26,6 +26,7 @@ from blip3o_fast.ops.swiglu import swiglu, swiglu_ref
 __all__ = [
     "PackedWeights",
     "attention_implementations",
+    "attention_rule",
     "debug_ops",
     "dual_attention",
     "dual_attention_ref",

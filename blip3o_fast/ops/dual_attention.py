@@ -320,7 +320,7 @@ def dual_attention(
     Returns [B, T, H*d] in autocast's dtype where autocast is on, else in qkq's dtype.
     Numerics: fp32 softmax, products, tanh and sum, one rounding at the store, bitwise repeatable. Under
     `use_attention("sdpa")`, and by default where it is faster, PyTorch's `scaled_dot_product_attention` computes the
-    two attentions with PyTorch's roundings.
+    two attentions with PyTorch's roundings; other names of `use_attention` with theirs.
     Raises ValueError for a wrong shape, dtype or device, RuntimeError where what was asked for by name cannot run it.
     """
     _check(qkq, v1, k2, v2, gate, scale, mask)
@@ -328,15 +328,16 @@ def dual_attention(
     dtype, differentiable = output_dtype(qkq), needs_grad(qkq, v1, k2, v2, gate)
     longer = k2 if k2.shape[1] > qkq.shape[1] else v1
     backend = _attention.choose(
-        BACKENDS, qkq, longer, v1, k2, v2, gate, mask, dtype=dtype, differentiable=differentiable
-    )
+        BACKENDS, qkq, longer, v1, k2, v2, gate, mask,
+        dtype=dtype, differentiable=differentiable, computed=_attention.computing_dtype(dtype, qkq, v1, k2, v2),
+    )  # fmt: skip
     cross_scale = qkq.shape[-1] ** -0.5
     scale = cross_scale if scale is None else float(scale)
     with recorded("dual_attention"):
-        if backend == "sdpa":
+        if backend in _attention.IMPLEMENTATIONS:
             q1, k1, q2 = _split(qkq, v1.shape[2])
-            own = _attention.sdpa(q1, k1, v1, scale, None, dtype)
-            cross = _attention.sdpa(q2, k2, v2, cross_scale, mask, dtype)
+            own = _attention.attend(backend, q1, k1, v1, scale, None, dtype)
+            cross = _attention.attend(backend, q2, k2, v2, cross_scale, mask, dtype)
             g = gate.to(accumulation_dtype(gate)).tanh()[:, None]
             return (own + g * cross).flatten(2).to(dtype)
         if differentiable:

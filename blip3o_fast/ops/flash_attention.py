@@ -220,17 +220,21 @@ def flash_attention(
     a sample with none gets zero. fp32, bf16, fp16, mixed freely; fp64 only alone. B may be 0.
     Returns [B, Tq, H, d] in autocast's dtype where autocast is on, else in q's dtype.
     Numerics: fp32 softmax and products, one rounding at the store, bitwise repeatable. Under `use_attention("sdpa")`,
-    and by default where it is faster, PyTorch's `scaled_dot_product_attention` computes it with PyTorch's roundings.
+    and by default where it is faster, PyTorch's `scaled_dot_product_attention` computes it with PyTorch's roundings;
+    other names of `use_attention` with theirs.
     Raises ValueError for a wrong shape, dtype or device, RuntimeError where what was asked for by name cannot run it.
     """
     _check(q, k, v, scale, mask)
     refuse_transforms("flash_attention")
     dtype, differentiable = output_dtype(q), needs_grad(q, k, v)
-    backend = _attention.choose(BACKENDS, q, k, v, mask, dtype=dtype, differentiable=differentiable)
+    backend = _attention.choose(
+        BACKENDS, q, k, v, mask,
+        dtype=dtype, differentiable=differentiable, computed=_attention.computing_dtype(dtype, q, k, v),
+    )  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with recorded("flash_attention"):
-        if backend == "sdpa":
-            return _attention.sdpa(q, k, v, scale, mask, dtype).to(dtype)
+        if backend in _attention.IMPLEMENTATIONS:
+            return _attention.attend(backend, q, k, v, scale, mask, dtype).to(dtype)
         if differentiable:
             return _FlashAttention.apply(q, k, v, mask, scale, dtype, backend)
         return run(_flash_attention_fwd, q, k, v, mask, scale, dtype, backend)

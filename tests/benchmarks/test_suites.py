@@ -12,7 +12,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 
 from benchmarks import __main__ as command
-from benchmarks import cases, model_block, model_step, rows
+from benchmarks import cases, model_block, model_forward, model_step, rows
 from benchmarks.cases import OPS, module_of
 from benchmarks.harness import Settings, measure
 from benchmarks.ops import flow_interpolate, rms_norm_modulate
@@ -249,6 +249,36 @@ def test_model_step():
         work = model_step.work(2, dtype, "cpu", config, compile=False)
         assert "ours, condition prepared" in work.providers
         check([work])
+
+
+TINY = {"hidden_size": 64, "in_channels": 4, "num_attention_heads": 4, "num_kv_heads": 2, "cross_attention_dim": 24}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", ["blip3o", "lumina"])
+def test_model_forward(size, training):
+    """Every provider is right by fp64 stock, over the same parameters; successive calls differ in the rotary table."""
+    work = model_forward.work(
+        size, 1, torch.bfloat16, training=training, **TINY, multiple_of=32, sample_size=8, context=6
+    )
+    check([work])
+    tables = [work.inputs().args[4] for _ in range(2)]
+    assert tables[0].shape == tables[1].shape and not torch.equal(*tables)
+    stock, fused = (dict(work.providers[name].named_parameters()) for name in ("eager", "fused"))
+    assert stock.keys() == fused.keys()
+    assert all(stock[name] is fused[name] for name in stock)
+
+
+def test_model_forward_has_luminas_own_sizes():
+    """`lumina` is diffusers' class by its defaults, but for the key heads, which it cannot do without."""
+    import inspect
+
+    from diffusers import LuminaNextDiT2DModel
+
+    defaults = {n: p.default for n, p in inspect.signature(LuminaNextDiT2DModel.__init__).parameters.items()}
+    for name, value in model_forward.SIZES["lumina"].items():
+        if name not in ("num_kv_heads", "context", "context_projection"):
+            assert value == defaults[name], name
 
 
 def test_model_block_in_half_precision():

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks.cases import has_kernels
-from blip3o_fast.ops import _cuda
+from blip3o_fast.ops import _cuda, attention_implementations
+from blip3o_fast.ops._attention_peers import NAMES as PEERS
 
 HERE = Path(__file__).resolve().parent
 NO_DEVICE = "needs a CUDA device (--gpu-dry-run runs these tests through Triton's interpreter)"
@@ -45,8 +46,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def is_absent(item: pytest.Item, cuda: bool) -> bool:
-    """A test of the CUDA C++ kernels, of an op that has none or on a machine that has not built them (`cuda`)."""
+    """A test of the CUDA C++ kernels, of an op that has none or on a machine that has not built them (`cuda`), or of an
+    attention by a package that cannot run here."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
+    if params.get("attention") in PEERS and attention_implementations()[params["attention"]] is not None:
+        return True
     return params.get("backend") == "cuda" and not (cuda and has_kernels(params["op"], "cuda"))
 
 
