@@ -90,7 +90,7 @@ def _rebuild(stock_class: type) -> Any:
     return cls.__new__(cls)
 
 
-def _named_base(cls: type) -> type | None:
+def named_base(cls: type) -> type | None:
     """The class of stock's name that this class is or comes from."""
     return next((c for c in cls.__mro__ if c.__name__ == stock.NETWORK and not issubclass(c, FusedNetwork)), None)
 
@@ -100,7 +100,7 @@ def fused_class(stock_class: type) -> type:
     if stock_class not in _CLASSES:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        stock.learn(_named_base(stock_class) or stock_class)
+        stock.learn(named_base(stock_class) or stock_class)
         namespace = {
             "__module__": stock_class.__module__,
             "__qualname__": stock_class.__qualname__,
@@ -115,8 +115,8 @@ def fused_class(stock_class: type) -> type:
 # ---- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _is_network(module: Any) -> bool:
-    return _named_base(type(module)) is not None and all(part in module._modules for part in _PARTS)
+def is_network(module: Any) -> bool:
+    return named_base(type(module)) is not None and all(part in module._modules for part in _PARTS)
 
 
 def networks(x: Any) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def networks(x: Any) -> dict[str, Any]:
     root = x if isinstance(x, nn.Module) else getattr(x, "transformer", None)
     if not isinstance(root, nn.Module):
         raise ValueError(f"x must be {SUPPORTED}; got {type(x).__name__}, which is no module and has no transformer")
-    found = {name: module for name, module in root.named_modules() if _is_network(module)}
+    found = {name: module for name, module in root.named_modules() if is_network(module)}
     if found:
         return found
     kinds = {type(module).__name__ for module in root.modules()}
@@ -140,10 +140,10 @@ def networks(x: Any) -> dict[str, Any]:
     )
 
 
-def _refusal(name: str, network: Any) -> str | None:
-    """Why a network's forward must not be replaced now, and what to do about it."""
+def refusal(name: str, network: Any) -> str | None:
+    """Why a network's forward must not be replaced now, and what to do about it. name: its path in what was given."""
     cls: Any = type(network)
-    base: Any = _named_base(cls)
+    base: Any = named_base(cls)
     if "_orig_mod" in name.split(".") or network._compiled_call_impl is not None:
         return "is compiled (torch.compile): fuse the model that was compiled, then compile it again"
     if any(c.__name__ == "FSDPModule" for c in cls.__mro__):
@@ -155,7 +155,7 @@ def _refusal(name: str, network: Any) -> str | None:
             "has a forward of its own (offloading, another hook of accelerate or diffusers, or a replaced method): "
             "remove it, and add it again afterwards"
         )
-    if cls.forward is not base.forward:
+    if cls.forward is not base.forward and cls.forward is not FusedNetwork.forward:
         return f"is a {cls.__name__} whose forward is not that of {stock.NETWORK}"
     if not set(_ARGUMENTS) <= set(inspect.signature(cls.forward).parameters):
         return f"has a forward that does not take {', '.join(_ARGUMENTS)}"
@@ -163,7 +163,7 @@ def _refusal(name: str, network: Any) -> str | None:
 
 
 def _refuse(name: str, network: Any) -> None:
-    reason = _refusal(name, network)
+    reason = refusal(name, network)
     if reason is not None:
         raise ValueError(f"{name or type(network).__name__} {reason}")
 
