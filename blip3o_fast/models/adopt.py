@@ -76,7 +76,7 @@ def _refusal(network: Any) -> str | None:
     reason = fuse.refusal("", network)
     if reason is not None:
         return f"it {reason}"
-    stock.learn(fuse.named_base(type(network)))
+    stock.learn(fuse.named_base(type(network)) or type(network))
     if not fused.untouched(network):
         return "it has a hook as a whole: remove it, or drive the network by hand"
     for i, layer in enumerate(network.layers):
@@ -116,7 +116,7 @@ def _wrapper_refusal(x: Any) -> str | None:
 
 def _told(config: Any) -> dict[str, Any]:
     """What a config object of diffusers (a mapping) or transformers (attributes) says, by our names."""
-    values = dict(config) if hasattr(config, "keys") else dict(getattr(config, "__dict__", {}))
+    values: dict[str, Any] = dict(config) if hasattr(config, "keys") else dict(getattr(config, "__dict__", {}))
     return {ALIASES.get(name, name): value for name, value in values.items()}
 
 
