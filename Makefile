@@ -14,7 +14,7 @@ PYTEST := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m py
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard scripts/*.sh) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type docs bench bench-cpu memory-report sass-report launch-report step-report gpu-check tune sanitize clean
+.PHONY: help setup demo test test-all lint type docs bench bench-cpu memory-report sass-report launch-report gpu-check tune sanitize clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -55,11 +55,9 @@ memory-report: .venv/.stamp  ## peak memory and time of a full forward on a CPU,
 sass-report: .venv/.stamp  ## registers, memory and instructions of every kernel for every GPU, without one
 	@$(PYTHON) scripts/sass_report.py $(FLAGS)
 
-launch-report: .venv/.stamp  ## launches and bytes of block, model, training and sampling step beside stock's
+launch-report: .venv/.stamp  ## launches, bytes and FLOPs of block, model, training and sampling step beside stock's
 	@$(PYTHON) scripts/launch_report.py $(FLAGS)
-
-step-report: .venv/.stamp  ## floating-point operations and launches of one sampling step beside stock's, without a GPU
-	@$(PYTHON) -m scripts.step_report $(FLAGS)
+	@$(PYTHON) -m scripts.step_report
 
 # Not in .venv: a machine with a GPU brings its own PyTorch and Triton.
 gpu-check:  ## on a machine with a GPU: install in place, every GPU test, then the times, in under 9 minutes
