@@ -1,6 +1,7 @@
 """How many bytes a call allocates at its height, above what was allocated before it."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,14 +21,19 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or torch._C._autograd._profiler_enabled():
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    return sum(max(accumulate(changes, initial=0)) for changes in _changes(call))
+
+
+def _changes(call: Callable[[], Any]) -> list[list[int]]:
+    """Per thread, the bytes of each allocation and, negative, of each return, in order.
+
+    By the recorder beneath `torch.autograd.profiler_legacy`: the newer one writes lines of its own to stderr.
+    """
+    recorder: Any = torch.autograd  # its stubs know neither the recorder's functions nor what they return
+    settings = (False, True, False, False, False, torch._C._profiler._ExperimentalConfig())  # the second: of memory
+    recorder._enable_profiler_legacy(recorder.ProfilerConfig(recorder.ProfilerState.CPU, *settings))
+    try:
         call()
-    results = getattr(profiler.profiler, "kineto_results", None)
-    if results is None:
-        return None
-    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    live = height = 0
-    for _, change in changes:
-        live += change
-        height = max(height, live)
-    return height
+    finally:
+        threads = recorder._disable_profiler_legacy()
+    return [[e.cpu_memory_usage() for e in events if e.kind() == "memory_alloc"] for events in threads]
