@@ -55,8 +55,9 @@ memory-report: .venv/.stamp  ## peak memory and time of a full forward on a CPU,
 sass-report: .venv/.stamp  ## registers, memory and instructions of every kernel for every GPU, without one
 	@$(PYTHON) scripts/sass_report.py $(FLAGS)
 
-launch-report: .venv/.stamp  ## launches and bytes of block, model, training and sampling step beside stock's
+launch-report: .venv/.stamp  ## launches, bytes and FLOPs of block, model, training and sampling step beside stock's
 	@$(PYTHON) scripts/launch_report.py $(FLAGS)
+	@$(PYTHON) -m scripts.step_report
 
 # Not in .venv: a machine with a GPU brings its own PyTorch and Triton.
 gpu-check:  ## on a machine with a GPU: install in place, every GPU test, then the times, in under 9 minutes

@@ -195,19 +195,24 @@ def warmup(
 
 
 def compare(
-    path: Annotated[Path, typer.Argument(help="A folder of diffusers: a LuminaNextDiT2DModel's or a pipeline's.")],
+    path: Annotated[Path, typer.Argument(help="A LuminaNextDiT2DModel's folder, a pipeline's, or one of ours.")],
     tolerance: Annotated[float, option("tolerance", "Of the largest difference; past it the exit code is 1.")] = 1e-4,
     json: Annotated[Path | None, option("json", "A JSON file for the numbers.")] = None,
     batch_size: Annotated[int, option("batch_size", "Samples of the random inputs.")] = 1,
     context_tokens: Annotated[int, option("context_tokens", "Tokens of the random context.")] = 64,
     rounds: Annotated[int, option("rounds", "Timed calls of each, in turn.")] = 5,
     seed: Annotated[int, option("seed", "Of the inputs.")] = 0,
+    layers: Annotated[bool, typer.Option("--layers", help="Also block by block.")] = False,
+    dtype: Annotated[str, option("dtype", "float32, bfloat16 or float16, of weights and inputs.")] = "float32",
+    device: Annotated[str, option("device", "cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
-    """Run a stock network and the same one fused on random inputs: difference, error against fp64, time.
+    """Run a stock network and the same one fused on random inputs: difference, error against fp64, time, memory.
 
-    Example:
+    Examples:
 
       blip3o-fast compare models/lumina --tolerance 1e-4 --json compare.json
+
+      blip3o-fast compare models/lumina --layers --dtype bfloat16 --tolerance 0.05
     """
     given = locals()
     from blip3o_fast.models.compare_folder import CompareSettings, compare_folder

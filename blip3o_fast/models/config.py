@@ -28,6 +28,8 @@ ALIASES = {
     "eva_embedding_size": "cross_attention_dim",
     "clip_embedding_size": "in_channels",
     "schedule_type": "schedule",
+    # In a stock file, where diffusers reads no name with an underscore and warns of none.
+    "_condition_dropout": "condition_dropout",
 }
 
 # What config files carry about the program that wrote them; nothing here changes the network.
@@ -113,6 +115,8 @@ class BLIP3oConfig:
     time_convention: "blip3o": the network is given 1000 * sigma and predicts noise - data;
         "lumina": it is given 1 - sigma and predicts data - noise. Read by loss and sampler, not by the network.
     prediction_type, schedule, sigma_min, sigma_max: the flow-matching path that the network was trained on.
+    condition_dropout: the share of samples that training gave no condition, or None where that is not known (a stock
+        checkpoint). The sampler warns of guidance where it is 0; nothing else reads it.
 
     Raises ValueError naming the field, the value and what is allowed.
     """
@@ -137,6 +141,7 @@ class BLIP3oConfig:
     schedule: str = "linear"
     sigma_min: float = 0.0
     sigma_max: float = 1.0
+    condition_dropout: float | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -182,6 +187,9 @@ class BLIP3oConfig:
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
             if value <= 0 and name != "sigma_min":
                 raise ValueError(f"{name} must be above 0, got {value!r}")
+        share = self.condition_dropout
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1):
+            raise ValueError(f"condition_dropout must be None or a number between 0 and 1, got {share!r}")
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
             raise ValueError(
                 f"sigma_min and sigma_max must satisfy 0 <= sigma_min < sigma_max <= 1, "
@@ -310,6 +318,9 @@ class BLIP3oConfig:
         for name, assumed in ours.items():
             if values[name] == assumed:
                 del values[name]
+        share = values.pop("condition_dropout")
+        if share is not None:
+            values["_condition_dropout"] = share
         # Stock cannot be built with None where qk_norm is on.
         return {"_class_name": STOCK_CLASS, **values, "num_kv_heads": self.kv_heads}
 

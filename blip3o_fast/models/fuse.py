@@ -100,7 +100,7 @@ def _rebuild(stock_class: type) -> Any:
     return cls.__new__(cls)
 
 
-def _named_base(cls: type) -> type | None:
+def named_base(cls: type) -> type | None:
     """The class of stock's name that this class is or comes from."""
     return next((c for c in cls.__mro__ if c.__name__ == stock.NETWORK and not issubclass(c, FusedNetwork)), None)
 
@@ -124,8 +124,8 @@ def fused_class(stock_class: type) -> type:
 # ---- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _is_network(module: Any) -> bool:
-    return _named_base(type(module)) is not None and all(part in module._modules for part in _PARTS)
+def is_network(module: Any) -> bool:
+    return named_base(type(module)) is not None and all(part in module._modules for part in _PARTS)
 
 
 def networks(x: Any) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def networks(x: Any) -> dict[str, Any]:
     root = x if isinstance(x, nn.Module) else getattr(x, "transformer", None)
     if not isinstance(root, nn.Module):
         raise ValueError(f"x must be {SUPPORTED}; got {type(x).__name__}, which is no module and has no transformer")
-    found = {name: module for name, module in root.named_modules() if _is_network(module)}
+    found = {name: module for name, module in root.named_modules() if is_network(module)}
     if found:
         return found
     kinds = {type(module).__name__ for module in root.modules()}
@@ -149,17 +149,17 @@ def networks(x: Any) -> dict[str, Any]:
     )
 
 
-def _refusal(network: Any) -> str | None:
+def refusal(network: Any) -> str | None:
     """Why a network's forward must not be replaced now, and what to do about it."""
     cls: Any = type(network)
-    base: Any = _named_base(cls)
+    base: Any = named_base(cls)
     if any(c.__name__ == "FSDPModule" for c in cls.__mro__):
         return "is sharded (fully_shard): fuse it first, then shard it"
     if hasattr(network, "parametrizations"):
         return "is parametrized (torch.nn.utils.parametrize): fuse it first"
     if _own_forward(network):
         return f"has a forward of its own ({_hooks(network)}): remove it, fuse, and add it again"
-    if cls.forward is not base.forward:
+    if cls.forward is not base.forward and cls.forward is not FusedNetwork.forward:
         return f"is a {cls.__name__} whose forward is not that of {stock.NETWORK}"
     if not stock.written_with(base, base.forward):
         return f"has a forward that was put into the class {base.__name__} from outside: undo that first"
@@ -186,7 +186,7 @@ def _hooks(network: Any) -> str:
 
 
 def _refuse(name: str, network: Any) -> None:
-    reason = _refusal(network)
+    reason = refusal(network)
     if reason is not None:
         raise ValueError(f"{name or type(network).__name__} {reason}")
 
@@ -224,7 +224,7 @@ def fuse(x: T) -> T:
     for name, network in found.items():
         _refuse(name, network)
     for network in here.values():
-        stock.learn(_named_base(type(network)))  # again each time, since classes may have been patched or mended
+        stock.learn(named_base(type(network)))  # again each time, since classes may have been patched or mended
     for network in found.values():
         network.__dict__.pop("forward", None)
         network.__class__ = fused_class(type(network))

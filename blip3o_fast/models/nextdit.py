@@ -303,6 +303,17 @@ class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
         checkpoints.save(self, Path(save_directory))
 
     @classmethod
+    def from_stock(cls, network: Any) -> "BLIP3oDiT":
+        """A model over the layers of another network, which stays as it is; the weights are the same objects.
+
+        network: diffusers' `LuminaNextDiT2DModel`, a pipeline with one, or BLIP3-o's `NextDiTCrossAttn`; fused or not.
+        Raises ValueError for another model, and for one that is hooked, compiled, sharded or changed, with the part.
+        """
+        from blip3o_fast.models.adopt import from_stock
+
+        return from_stock(cls, network)
+
+    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,

@@ -141,7 +141,8 @@ def obstacle(block: Any) -> str | None:
     return None if fused.dense(block.gate) else "its gate is no plain parameter"
 
 
-def _readable_time(embed: Any) -> bool:
+def readable_time(embed: Any) -> bool:
+    """Whether a network's time embedding computes what `forward.embed_condition` computes from its layers."""
     if not _as_built(embed, "time_caption_embed") or not _as_built(embed.time_proj, "time_proj"):
         return False
     time, waves = embed.timestep_embedder, embed.time_proj
@@ -151,7 +152,8 @@ def _readable_time(embed: Any) -> bool:
     return plain and _as_built(time.act, "norm1.silu")
 
 
-def _readable_head(norm_out: Any) -> bool:
+def readable_head(norm_out: Any) -> bool:
+    """Whether a network's head computes what `forward.head` computes from its layers."""
     if not _as_built(norm_out, "norm_out") or not _as_built(norm_out.silu, "norm1.silu"):
         return False
     norm = norm_out.norm
@@ -267,7 +269,7 @@ def predict(
     context = encoder_hidden_states
     if "caption_projection" in network._modules:  # BLIP3-o's network
         context = network.caption_projection(context)
-    if _readable_time(network.time_caption_embed):
+    if readable_time(network.time_caption_embed):
         y = fused.embed_condition(network, timestep.expand(batch), fused.pool_context(context, encoder_mask))
     else:
         weights = context.new_ones(context.shape[:2]) if encoder_mask is None else encoder_mask
@@ -277,5 +279,5 @@ def predict(
     grid = fused.Grid(rope, None if encoder_mask is None else encoder_mask.bool(), base)
     blocks = _Blocks(network, grid, tokens, rotary, extra, direct=extra.keys() <= {_BASE})
     h = blocks(h, y, context, conditioning)
-    out = fused.head(network, h, conditioning) if _readable_head(network.norm_out) else network.norm_out(h, y)
+    out = fused.head(network, h, conditioning) if readable_head(network.norm_out) else network.norm_out(h, y)
     return from_tokens(out, network, rows, columns, as_tokens=False)

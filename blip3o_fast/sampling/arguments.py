@@ -1,15 +1,21 @@
 """The arguments of a sampling run, and what is refused with a message that says what was given and what is allowed."""
 
 import math
+import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from blip3o_fast.flow.path import MAX_SIGMA_EPSILON
 from blip3o_fast.flow.solvers import check_sigmas, check_solver, sigma_grid
+
+_WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
+_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def starting_noise(arguments: Arguments, shape: tuple[int, int, int], device: to
         raise ValueError(f"noise must be a floating tensor of shape (N * n, T, C) = {shape}, got {given}")
     if noise.device != device:
         raise ValueError(f"noise must be on the model's device {device}, got {noise.device}")
+    check_given("noise", noise)
     return noise
 
 
@@ -112,15 +119,52 @@ def noise_levels(arguments: Arguments, prediction_type: str) -> Tensor:
     return sigmas
 
 
-def check_finite(x: Tensor, condition: Tensor, noise: Tensor | None) -> None:
-    """Of a run's result x; where it is not, name what is to blame."""
-    if bool(torch.isfinite(x).all()):
+def _broken_rows(x: Tensor) -> list[int]:
+    """The samples of x with a NaN or an infinity. Without values (meta, fake tensors) there is nothing to find."""
+    if x.is_meta or isinstance(x, FakeTensor) or bool(torch.isfinite(x).all()):
+        return []
+    return (~torch.isfinite(x)).flatten(1).any(1).nonzero()[:, 0].tolist()
+
+
+def _listed(rows: Sequence[int]) -> str:
+    """1, 4, 7; the first ten of a long list."""
+    some = ", ".join(map(str, rows[:_LISTED]))
+    return some if len(rows) <= _LISTED else f"{some} and {len(rows) - _LISTED} more"
+
+
+def check_given(name: str, tensor: Tensor) -> None:
+    """That an argument [samples, ...] is finite, before any work: one reduction and one look at its result."""
+    if rows := _broken_rows(tensor):
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinity in {len(rows)} of {tensor.shape[0]} samples: {_listed(rows)}"
+        )
+
+
+def check_result(x: Tensor) -> None:
+    """That the result [samples, ...] of a run is finite; what was given has been looked at before."""
+    if rows := _broken_rows(x):
+        raise FloatingPointError(
+            f"sampling gave NaN or infinity in {len(rows)} of {x.shape[0]} samples ({_listed(rows)}) although "
+            "condition and noise are finite: the weights may be broken or untrained, guidance_scale too large, or "
+            "float16 too narrow (try bfloat16)"
+        )
+
+
+def warn_of_untrained_null(model: Any, guidance_scale: float) -> None:
+    """Once per model: guidance away from a null condition that the network never saw in training."""
+    if getattr(model.config, "condition_dropout", None) != 0 or guidance_scale in (0, 1):
         return
-    for name, tensor in (("encoder_hidden_states", condition), ("noise", noise)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} must be finite, got NaN or infinity in it")
-    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-    raise FloatingPointError(
-        f"sampling gave NaN or infinity in {bad} of {x.shape[0]} samples although condition and noise are finite: "
-        "the weights may be broken or untrained, guidance_scale too large, or float16 too narrow (try bfloat16)"
+    # Prepared models and those of a stock network are made anew; the layers in them are the same ones.
+    owner = getattr(model, "model", model)
+    owner = getattr(owner, "patch_embedder", owner)
+    owner = getattr(owner, "proj", owner)
+    if owner in _WARNED:
+        return
+    _WARNED.add(owner)
+    warnings.warn(
+        f"guidance_scale {guidance_scale:g} moves away from what the network predicts without a condition, and this "
+        "one was trained with condition_dropout 0, so it never learned that: sample with guidance_scale=1, or train "
+        "with --condition_dropout 0.1",
+        UserWarning,
+        stacklevel=2,
     )

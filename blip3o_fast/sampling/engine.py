@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.models import BLIP3oDiT
+from blip3o_fast.models.adopt import as_ours
 from blip3o_fast.sampling import memory
 from blip3o_fast.sampling.arguments import Arguments, check_count
 from blip3o_fast.sampling.graphs import Graphs
@@ -24,8 +25,9 @@ from blip3o_fast.sampling.run import MODULATION_BYTES, can_prepare, device_and_d
 class Sampler:
     """`sample` of one model, with its weights prepared once.
 
-    model: what `sample` takes. A `BLIP3oDiT` is prepared here (`sampling.prepare`: on a CPU its weights are packed,
-        which costs memory of its own); another model, and one prepared before, is used as it is.
+    model: what `sample` takes. A `BLIP3oDiT`, and a network of diffusers or BLIP3-o, is prepared here
+        (`sampling.prepare`: on a CPU its weights are packed, which costs memory of its own); another model, and one
+        prepared before, is used as it is.
     storage: of the packed weights, see `sampling.prepare`.
     modulation_bytes: for modulations that are made before their steps; where those of one step need more, each step
         makes its own, so 0 makes none before.
@@ -40,6 +42,7 @@ class Sampler:
     def __init__(
         self, model: Any, *, max_graphs: int = 8, storage: str = "auto", modulation_bytes: int = MODULATION_BYTES
     ) -> None:
+        model = as_ours(model)
         if getattr(model, "config", None) is None:
             raise ValueError(f"model must have a config (BLIP3oDiT has one), got {type(model).__name__} without")
         for name, value in (("max_graphs", max_graphs), ("modulation_bytes", modulation_bytes)):

@@ -18,7 +18,15 @@ from blip3o_fast.flow.solvers import evaluation_levels
 from blip3o_fast.flow.timesteps import network_time
 from blip3o_fast.models.condition import PreparedCondition
 from blip3o_fast.models.step_modulations import StepModulations, step_bytes
-from blip3o_fast.sampling.arguments import Arguments, check_condition, check_finite, noise_levels, starting_noise
+from blip3o_fast.sampling.arguments import (
+    Arguments,
+    check_condition,
+    check_given,
+    check_result,
+    noise_levels,
+    starting_noise,
+    warn_of_untrained_null,
+)
 from blip3o_fast.sampling.graphs import Graphs, mapped
 from blip3o_fast.sampling.steps import (
     BOTH,
@@ -64,7 +72,7 @@ def draw(
                 x = run.solve(x, keep, graphs)
             elif arguments.return_intermediates:
                 states = [x] * run.steps.shape[0]
-        check_finite(x, encoder_hidden_states, arguments.noise)
+        check_result(x)
         normalizer = getattr(model, "normalizer", None)
         if normalizer is not None:
             states = [normalizer.target.inverse(state) for state in states]
@@ -186,6 +194,7 @@ def _prepare(model: Any, given: Tensor, arguments: Arguments, modulation_bytes: 
     device, dtype = device_and_dtype(model, given)
     if given.device != device:
         raise ValueError(f"encoder_hidden_states must be on the model's device {device}, got {given.device}")
+    check_given("encoder_hidden_states", given)
     samples_each = arguments.num_samples_per_condition
     shape = (given.shape[0] * samples_each, config.sample_size**2, config.in_channels)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -195,6 +204,8 @@ def _prepare(model: Any, given: Tensor, arguments: Arguments, modulation_bytes: 
     times = network_time(levels, config.time_convention, truncate=arguments.truncate_time)
 
     passes = needed_passes(levels, arguments)
+    if BOTH in passes:
+        warn_of_untrained_null(model, arguments.guidance_scale)
     context = given if normalizer is None else normalizer.condition(given)
     context = context.to(dtype).repeat_interleave(samples_each, 0)
     mask = arguments.encoder_mask

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from blip3o_fast.models.adopt import as_ours
 from blip3o_fast.sampling.arguments import Arguments
 from blip3o_fast.sampling.run import draw
 
@@ -54,7 +55,8 @@ def sample(
 
     model: `BLIP3oDiT`, or any module called the same way with a `config` of the same fields. Its `normalizer`, where it
         has one, is applied to the condition and undone on the result. Put it in eval mode yourself. To sample often,
-        make a `sampling.Sampler` of it.
+        make a `sampling.Sampler` of it. Also diffusers' `LuminaNextDiT2DModel`, a pipeline with one, and BLIP3-o's
+        `NextDiTCrossAttn`, stock or fused: see `BLIP3oDiT.from_stock`. (The null condition is zeros there too.)
     encoder_hidden_states: [N, L, E], floating, as the encoder gave it (not normalised), on the model's device.
     num_steps: ODE steps; one or two network calls each, see `flow.solvers`.
     guidance_scale: classifier-free guidance w, v = v_null + w (v_cond - v_null). 1 and 0 need one forward pass a step
@@ -96,5 +98,5 @@ def sample(
         guidance_start=guidance_start,
         guidance_end=guidance_end,
     )
-    result, states = draw(model, encoder_hidden_states, arguments)
+    result, states = draw(as_ours(model), encoder_hidden_states, arguments)
     return (result, states) if return_intermediates else result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable
@@ -161,6 +162,7 @@ def config_for(settings: TrainSettings, data: Data) -> BLIP3oConfig:
         "schedule": settings.schedule_type,
         "sigma_min": settings.sigma_min,
         "sigma_max": settings.sigma_max,
+        "condition_dropout": settings.condition_dropout,
     }
     return BLIP3oConfig.preset(settings.preset, **fields) if settings.preset else BLIP3oConfig(**fields)
 
@@ -186,6 +188,9 @@ def model_for(
                 f"--init_from {settings.init_from}: its network has target channels, condition channels, tokens "
                 f"{wanted}, the embeddings (normalised) have {found}"
             )
+    if model.config.condition_dropout != settings.condition_dropout:
+        # Of this run, whatever the network began with: what it was last trained on is what it knows.
+        model.config = dataclasses.replace(model.config, condition_dropout=settings.condition_dropout)
     model.normalizer = data.normalizer
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import blip3o_fast.models.compare as module
-from blip3o_fast import compare, fuse
+from blip3o_fast import BLIP3oConfig, BLIP3oDiT, compare, fuse
 from blip3o_fast.cli import main
 from blip3o_fast.models.compare_folder import CompareSettings, random_inputs
 
@@ -39,7 +39,7 @@ def test_the_numbers() -> None:
     assert found.difference.cosine == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-6)
     assert found.stock_error is not None and found.stock_error.max_abs == 0
     assert found.fast_error is not None and found.fast_error.max_abs == 0.25
-    assert stock.calls == fast.calls == 1 + 1 + 3, "one to compare, one to warm up, three to time"
+    assert stock.calls == fast.calls == 1 + 1 + 1 + 3, "one to compare, one for memory, one to warm up, three to time"
     assert min(found.stock_seconds, found.fast_seconds, found.speedup) > 0
     assert (found.device, found.dtype, found.rounds) == ("cpu", "float32", 3)
 
@@ -121,15 +121,94 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "network"
 
 
+def call_of(stock: Any, folder: Path, **changes: Any) -> list[Any]:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    rope = get_2d_rotary_pos_embed_lumina(stock.head_dim, 384, 384)
+    return [*random_inputs(stock, CompareSettings(folder, **changes)), rope, {}]
+
+
 def test_fused_against_stock(folder: Path) -> None:
     from diffusers import LuminaNextDiT2DModel
 
     stock = LuminaNextDiT2DModel.from_pretrained(folder)
     fast = fuse(copy.deepcopy(stock))
-    found = compare(stock, fast, *random_inputs(stock, CompareSettings(folder, batch_size=2)), {}, rounds=2)
+    found = compare(stock, fast, *call_of(stock, folder, batch_size=2), rounds=2)
     assert found.difference.max_abs <= 1e-5 and found.difference.cosine > 1 - 1e-9
     assert found.stock_error is not None and found.fast_error is not None
     assert 0 < found.fast_error.max_abs <= 1e-5 and 0 < found.stock_error.max_abs <= 1e-5
+
+
+PARTS = ["patch_embedder.proj", "time_caption_embed", "layers.0", "layers.1", "norm_out"]
+
+
+def test_layer_by_layer(folder: Path) -> None:
+    """The fused path is what is seen: no block leaves it, and a changed block is found."""
+    from diffusers import LuminaNextDiT2DModel
+
+    from blip3o_fast.models import stock as stock_forward
+
+    stock = LuminaNextDiT2DModel.from_pretrained(folder)
+    fast = fuse(copy.deepcopy(stock))
+    found = compare(stock, fast, *call_of(stock, folder), rounds=1, layers=True)
+    assert [part.name for part in found.layers] == PARTS
+    for part in found.layers:
+        assert part.difference.max_abs <= 1e-5 and part.difference.cosine > 1 - 1e-9
+        assert part.stock_error is not None and part.fast_error is not None
+        assert part.fast_error.max_abs <= 1e-5 and part.stock_error.max_abs <= 1e-5
+    # To the bit as without looking, and the blocks' own modules were not called.
+    with torch.no_grad():
+        call = call_of(stock, folder)
+        alone = fast(*call).sample
+        with module.seen_parts(fast) as seen:
+            assert torch.equal(fast(*call).sample, alone)
+        assert all(stock_forward.obstacle(layer) is None for layer in fast.layers)
+        assert [name for name in PARTS if name in seen] == PARTS
+        fast.layers[1].norm2.weight.mul_(1.01)
+    changed = {p.name: p.difference.max_abs for p in compare(stock, fast, *call, rounds=1, layers=True).layers}
+    assert changed["layers.0"] <= 1e-5 < 1e-4 < changed["layers.1"]
+    values = json.loads(json.dumps(found.to_dict()))["layers"]
+    assert [value["name"] for value in values] == PARTS and values[2]["fast_error"]["max_abs"] <= 1e-5
+    lines = str(found).splitlines()[-len(PARTS) :]
+    assert [line.split()[0] for line in lines] == PARTS and all(len(line.split()) == 6 for line in lines)
+    with pytest.raises(ValueError, match="layers must be False"):
+        compare(Shifted(), Shifted(), torch.ones(1, 3), rounds=1, layers=True)
+
+
+class Hungry(Shifted):
+    """Two buffers of a megabyte at once, and another one after them."""
+
+    def forward(self, x: Tensor, *, double: bool = False) -> Any:
+        held = [torch.zeros(1 << 18) for _ in range(2)]
+        out = super().forward(x) + held[0][0] * held[1][0]
+        del held
+        return out + torch.zeros(1 << 18)[0]
+
+
+def test_peak_memory() -> None:
+    found = compare(Shifted(), Hungry(), torch.ones(1, 3), rounds=1)
+    assert found.stock_peak_bytes is not None and found.fast_peak_bytes is not None
+    assert 0 < found.stock_peak_bytes < 1 << 14
+    assert 2 << 20 <= found.fast_peak_bytes < (2 << 20) + (1 << 14)
+    assert "allocated at the height of a call, beside the weights: stock 0.00 MiB, fast 2.00 MiB" in str(found)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert compare(Shifted(), Hungry(), torch.ones(1, 3), rounds=1).fast_peak_bytes is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_of_ours(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = BLIP3oDiT(BLIP3oConfig.preset("tiny", sample_size=2))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.gate.normal_()
+    model.save_pretrained(tmp_path)
+    file, tolerance = tmp_path / "compare.json", {"float32": "1e-5", "bfloat16": "0.1", "float16": "0.01"}[dtype]
+    argv = ["compare", str(tmp_path), "--json", str(file), "--rounds", "1", "--layers", "--dtype", dtype]
+    assert main([*argv, "--tolerance", tolerance]) == 0, capsys.readouterr()
+    values = json.loads(file.read_text())
+    assert values["dtype"] == dtype and {"layers.0", "layers.1"} <= {part["name"] for part in values["layers"]}
+    assert 0 < values["difference"]["max_abs"] <= float(tolerance)
+    assert main([*argv, "--tolerance", "0"]) == 1
 
 
 @pytest.mark.parametrize("pipeline", [False, True])
@@ -159,6 +238,9 @@ def test_the_command(pipeline: bool, folder: Path, capsys: pytest.CaptureFixture
         (["--context_tokens", "-1"], "--context_tokens must be at least 1, got -1"),
         (["--tolerance", "-1"], "--tolerance must be a number >= 0, got -1.0"),
         (["--tolerance", "nan"], "--tolerance must be a number >= 0, got nan"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:1, got 'tpu'"),
+        (["--device", "cuda:99"], "--device cuda:99: there are "),
     ],
 )
 def test_bad_flags(argv: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,11 +120,33 @@ def test_reads_what_diffusers_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"time_convention": "blip3o"}, {"prediction_type": "epsilon", "sigma_min": 1e-4}, {}]
+    "changes",
+    [{"time_convention": "blip3o"}, {"prediction_type": "epsilon", "sigma_min": 1e-4}, {"condition_dropout": 0.0}, {}],
 )
 def test_a_stock_file_keeps_what_stock_does_not_know(changes: dict[str, Any]) -> None:
     config = BLIP3oConfig.preset("tiny", context_projection=False, **changes)
     assert BLIP3oConfig.from_dict(config.to_stock_dict()) == dataclasses.replace(config, num_kv_heads=2)
+
+
+def test_diffusers_reads_no_dropout_and_warns_of_none(caplog: pytest.LogCaptureFixture) -> None:
+    from diffusers import LuminaNextDiT2DModel
+    from diffusers.utils import logging
+
+    config = BLIP3oConfig.preset(
+        "tiny", context_projection=False, time_convention="lumina", num_layers=1, condition_dropout=0.0
+    )
+    logging.enable_propagation()
+    try:
+        with torch.device("meta"):
+            stock = LuminaNextDiT2DModel.from_config(config.to_stock_dict())
+            assert not caplog.records
+            LuminaNextDiT2DModel.from_config(config.to_stock_dict() | {"unheard_of": 1})
+        assert "unheard_of" in caplog.text, "a field that it does not know is told of"
+    finally:
+        logging.disable_propagation()
+    assert BLIP3oConfig.from_dict(dict(stock.config)).condition_dropout == 0.0, "it hands the field on"
+    unknown = BLIP3oConfig.preset("tiny", context_projection=False)
+    assert unknown.condition_dropout is None and not any("dropout" in name for name in unknown.to_stock_dict())
 
 
 def test_no_stock_file_of_a_network_that_stock_does_not_have() -> None:
@@ -156,6 +178,9 @@ def test_no_stock_file_of_a_network_that_stock_does_not_have() -> None:
         ({"schedule": "sqrt"}, "schedule must be one of 'linear', 'cosine', got 'sqrt'"),
         ({"sigma_min": 1.0}, "0 <= sigma_min < sigma_max <= 1, got 1.0 and 1.0"),
         ({"sigma_min": -0.1}, "0 <= sigma_min < sigma_max <= 1"),
+        ({"condition_dropout": 1.1}, "condition_dropout must be None or a number between 0 and 1, got 1.1"),
+        ({"condition_dropout": float("nan")}, "condition_dropout must be None or a number between 0 and 1, got nan"),
+        ({"condition_dropout": True}, "condition_dropout must be None or a number between 0 and 1, got True"),
     ],
 )
 def test_refuses(values: dict[str, Any], message: str) -> None:

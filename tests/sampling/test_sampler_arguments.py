@@ -1,11 +1,14 @@
 """Every argument of `sample` that cannot be, and results that are not finite."""
 
+import functools
 import re
+import warnings
 
 import pytest
 import torch
 
 from blip3o_fast import BLIP3oConfig, BLIP3oDiT, sample
+from blip3o_fast.sampling import Sampler
 
 
 def network(**overrides) -> BLIP3oDiT:
@@ -67,16 +70,40 @@ def test_bad_input_is_named(change, message):
         sample(model, call.pop("encoder_hidden_states"), **call)
 
 
-def test_what_is_not_finite_is_named():
-    model, broken = network(), C.clone()
-    broken[1, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="encoder_hidden_states must be finite, got NaN or infinity in it"):
-        sample(model, broken, num_steps=1)
-    noise = torch.zeros(3, 4, 8)
-    noise[0, 0, 0] = float("inf")
-    with pytest.raises(ValueError, match="noise must be finite, got NaN or infinity in it"):
-        sample(model, C, noise=noise, num_steps=1)
+def test_what_is_not_finite_is_named(monkeypatch):
+    """By argument and sample, before the network is called."""
+    model, broken = network(), torch.zeros(14, 5, 24)
+    broken[1, 0, 0], broken[4, 4, 23] = float("nan"), float("inf")
+    noise = torch.zeros(14, 4, 8)
+    noise[:12, 0, 0] = -float("inf")
+    with monkeypatch.context() as patch:
+        patch.setattr(BLIP3oDiT, "_predict", lambda *args, **kwargs: pytest.fail("the network was called"))
+        with pytest.raises(ValueError, match="encoder_hidden_states must be finite, got .* in 2 of 14 samples: 1, 4$"):
+            sample(model, broken, num_steps=1)
+        with pytest.raises(ValueError, match="noise must be finite, got .* in 12 of 14 samples: 0, .*, 9 and 2 more$"):
+            sample(model, broken.nan_to_num(0, 0), noise=noise, num_steps=1)
     with torch.no_grad():
         model.norm_out.linear_2.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="NaN or infinity in 3 of 3 samples although condition and noise are"):
+    with pytest.raises(FloatingPointError, match=r"infinity in 3 of 3 samples \(0, 1, 2\) although condition and"):
         sample(model, C, num_steps=1)
+
+
+@pytest.mark.parametrize("make", [lambda model: model, Sampler], ids=["sample", "Sampler"])
+def test_guidance_of_a_network_that_knows_no_null_condition(make):
+    """Once per model, and only where both passes are run."""
+
+    def warned(dropout, scale, times=1, **interval):
+        model = make(network(condition_dropout=dropout))
+        call = model if isinstance(model, Sampler) else functools.partial(sample, model)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for _ in range(times):
+                call(C, num_steps=2, guidance_scale=scale, **interval)
+        return [str(one.message) for one in found if one.category is UserWarning]
+
+    found = warned(0.0, 3.0, times=2)
+    assert len(found) == 1 and "guidance_scale 3 moves" in found[0] and "guidance_scale=1, or train" in found[0]
+    assert len(warned(0, -1.0)) == 1, "another model is another warning"
+    for quiet in ((0.0, 1.0), (0.0, 0), (0.1, 3.0), (None, 3.0)):
+        assert warned(*quiet) == [], quiet
+    assert warned(0.0, 3.0, guidance_start=0.1) == [], "no step lies in the interval"

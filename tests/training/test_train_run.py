@@ -42,6 +42,7 @@ def test_a_finished_run_is_a_model_with_its_history(finished):
     assert result["status"] == "finished" and result["step"] == 6
     model = BLIP3oDiT.from_pretrained(output)
     assert (model.config.in_channels, model.config.cross_attention_dim, model.config.sample_size) == (4, 12, 4)
+    assert model.config.condition_dropout == TrainSettings.condition_dropout == 0.1
     assert model.normalizer.target.spec == "pca:4" and model.normalizer.target.in_features == 6
     # The trained model is the average, which the last checkpoint also has.
     average = load_file(output / "checkpoint-6" / "ema.safetensors")
@@ -373,7 +374,9 @@ def test_a_run_that_began_from_a_model_keeps_its_objective(embeddings, settings,
     ):
         with pytest.raises(ValueError, match=message):
             train(settings(init_from=str(tmp_path / "base"), **flags | wrong))
+    flags["condition_dropout"] = 0.0
     train(settings(init_from=str(tmp_path / "base"), max_steps=3, **flags))
     train(settings(resume_from_checkpoint="auto", **flags))  # as without --init_from, which is not asked for again
     config = BLIP3oDiT.from_pretrained(settings().output_dir).config
     assert (config.prediction_type, config.sigma_min) == ("epsilon", 0.2)
+    assert config.condition_dropout == 0, "of the last training"
