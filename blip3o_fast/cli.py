@@ -14,6 +14,7 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_train import train
+from blip3o_fast.cli_tune_sampler import tune_sampler
 from blip3o_fast.cli_verbs import compare, demo, evaluate, extract, sample, show_env, warmup
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
@@ -51,6 +52,7 @@ def top(
 VERBS: dict[str, Callable[..., None]] = {
     "extract": extract,
     "train": train,
+    "tune-sampler": tune_sampler,
     "sample": sample,
     "evaluate": evaluate,
     "demo": demo,

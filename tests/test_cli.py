@@ -80,6 +80,7 @@ def settings_class(verb: str) -> type:
     from blip3o_fast.demo.run import DemoSettings
     from blip3o_fast.evaluation.evaluate import EvaluateSettings
     from blip3o_fast.evaluation.samples import SampleSettings
+    from blip3o_fast.evaluation.tune_sampler import TuneSettings
     from blip3o_fast.models.compare_folder import CompareSettings
     from blip3o_fast.models.warmup import WarmupSettings
     from blip3o_fast.training.arguments import TrainSettings
@@ -91,10 +92,11 @@ def settings_class(verb: str) -> type:
         "demo": DemoSettings,
         "compare": CompareSettings,
         "warmup": WarmupSettings,
+        "tune-sampler": TuneSettings,
     }[verb]
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "compare", "warmup"])
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "demo", "compare", "warmup", "tune-sampler"])
 def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     def plain(value: object) -> object:
         return str(value) if isinstance(value, Path) else value

@@ -27,8 +27,9 @@ LAYERS = {
     "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "env"},
     "evaluation": {"sampling", "data", "models", "flow", "ops", "env"},
     "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
-    "cli": {"cli_train", "cli_verbs", "env"},
+    "cli": {"cli_train", "cli_tune_sampler", "cli_verbs", "env"},
     "cli_train": {"training", "env"},
+    "cli_tune_sampler": {"cli_verbs", "evaluation"},
     "cli_verbs": {"data", "evaluation", "demo", "models", "env"},
     "__main__": {"cli"},
 }
