@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     rows = slice(0, options.num_samples)
     noise = normal_noise_at(options.seed, dataset.indices[rows], (model.config.num_tokens, model.config.in_channels))
     search = Search(
-        Sampler(model, storage="fp32"),
+        Sampler(model),
         dataset.conditions[rows],
         noise,
         guidance_scale=options.guidance_scale,

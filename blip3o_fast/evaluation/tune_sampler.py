@@ -17,7 +17,7 @@ from blip3o_fast.evaluation.samples import device_named, load_model
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling import Sampler
 from blip3o_fast.sampling.settings import SamplerSettings
-from blip3o_fast.sampling.tune import Search, Trial, first_level, front, tune
+from blip3o_fast.sampling.tune import MOST, Search, Trial, first_level, front, tune
 
 DEFAULT_STEPS = 30  # of Euler, what `sample` does where nobody says otherwise
 TIMED_ROUNDS = 3
@@ -92,7 +92,7 @@ def tune_sampler(settings: TuneSettings) -> SamplerSettings | None:
             progress=True,
             on_trial=bar.advance,
         )
-        best = tune(search, settings.error)
+        best = tune(search, settings.error, MOST)
         floor = search.floor()
     default = search.measure(search.settings("euler", DEFAULT_STEPS, "linear"))
     print(table(front(search.trials), chosen=best, default=default))
