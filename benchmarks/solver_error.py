@@ -2,7 +2,7 @@
 
 Error is the relative L2 distance of the features to those of a long Euler run from the same noise, in fp32. Prints a
 table in Markdown and draws it. An Euler run of 1000 steps has an error of its own, of order 1/1000: what it is, the
-distance to a run of Heun says, and no error much below it means anything.
+distance to a run of half the steps says, and no error much below it means anything.
 """
 
 import argparse
