@@ -17,6 +17,7 @@ from blip3o_fast.cli_export import export
 from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
 from blip3o_fast.cli_try import try_pictures
+from blip3o_fast.cli_tune_sampler import tune_sampler
 from blip3o_fast.cli_verbs import compare, demo, evaluate, extract, sample, show_env, warmup
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
@@ -54,6 +55,7 @@ def top(
 VERBS: dict[str, Callable[..., None]] = {
     "extract": extract,
     "train": train,
+    "tune-sampler": tune_sampler,
     "sample": sample,
     "evaluate": evaluate,
     "interpolate": interpolate,

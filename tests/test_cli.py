@@ -12,7 +12,20 @@ import typer
 from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
-VERBS = ("env", "extract", "train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "export", "warmup")
+VERBS = (
+    "env",
+    "extract",
+    "train",
+    "sample",
+    "evaluate",
+    "interpolate",
+    "demo",
+    "try",
+    "compare",
+    "export",
+    "warmup",
+    "tune-sampler",
+)
 
 
 def command(*argv: str) -> "subprocess.CompletedProcess[str]":
@@ -82,6 +95,7 @@ def settings_class(verb: str) -> type:
     from blip3o_fast.evaluation.evaluate import EvaluateSettings
     from blip3o_fast.evaluation.interpolation import InterpolateSettings
     from blip3o_fast.evaluation.settings import SampleSettings
+    from blip3o_fast.evaluation.tune_sampler import TuneSettings
     from blip3o_fast.models.compare_folder import CompareSettings
     from blip3o_fast.models.warmup import WarmupSettings
     from blip3o_fast.training.arguments import TrainSettings
@@ -95,10 +109,13 @@ def settings_class(verb: str) -> type:
         "try": TrySettings,
         "compare": CompareSettings,
         "warmup": WarmupSettings,
+        "tune-sampler": TuneSettings,
     }[verb]
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "warmup"])
+@pytest.mark.parametrize(
+    "verb", ["train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "warmup", "tune-sampler"]
+)
 def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     def plain(value: object) -> object:
         return str(value) if isinstance(value, Path) else value

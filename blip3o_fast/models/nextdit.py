@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip3o_fast.models import card, checkpoints, inputs
 from blip3o_fast.models import forward as fused
+from blip3o_fast.models.checkpointing import Checkpointing
 from blip3o_fast.models.condition import PreparedCondition, prepare
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.initialise import initialise
@@ -23,7 +24,7 @@ from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
 from blip3o_fast.models.step_modulations import StepModulations, make_modulations
 
 
-class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
+class BLIP3oDiT(nn.Module, Checkpointing, PyTorchModelHubMixin, library_name="blip3o_fast"):
     """The diffusion transformer: from x_t, a time and a context to the velocity (or noise) at x_t.
 
     config: a `BLIP3oConfig`, a dict that `BLIP3oConfig.from_dict` reads, or None for the defaults.
@@ -38,7 +39,6 @@ class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
     so it is not in the state dict; `save_pretrained` and `from_pretrained` keep it beside the weights.
     """
 
-    supports_gradient_checkpointing = True
     _no_split_modules = ("NextDiTBlock",)
 
     def __init__(
@@ -55,8 +55,7 @@ class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
         self.normalizer: Any = None
         # Where the weights came from; only the model card asks.
         self.loaded_from: Path | None = None
-        self.gradient_checkpointing = False
-        self._checkpoint_kwargs: dict[str, Any] = {}
+        self.gradient_checkpointing_disable()
 
         if config.context_projection:
             self.caption_projection = TwoLinear(config.cross_attention_dim, config.hidden_size)
@@ -214,49 +213,6 @@ class BLIP3oDiT(nn.Module, PyTorchModelHubMixin, library_name="blip3o_fast"):
                 h = layer(h, y, context, grid, conditioning, normed, modulation, **made)
                 normed = modulation = None
         return h
-
-    # ---- activation checkpointing, by the names of transformers (old and new) and diffusers ------------------------
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Keep only each block's input in training mode and run the block again in the backward (non-reentrant).
-
-        gradient_checkpointing_kwargs: passed to `torch.utils.checkpoint.checkpoint`.
-        """
-        kwargs = dict(gradient_checkpointing_kwargs or {})
-        if kwargs.pop("use_reentrant", False):
-            raise ValueError("use_reentrant must be False: only non-reentrant checkpointing is supported, got True")
-        if every_n_layers != 1:
-            raise ValueError(f"every_n_layers must be 1: every block is checkpointed, got {every_n_layers}")
-        if offload:
-            raise ValueError("offload must be False: the kept activations stay on the device")
-        self._checkpoint_kwargs = kwargs
-        self.gradient_checkpointing = True
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """The name that transformers 5 calls `gradient_checkpointing_enable` by."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.gradient_checkpointing = False
-        self._checkpoint_kwargs = {}
-
-    activation_checkpointing_disable = gradient_checkpointing_disable
-    enable_gradient_checkpointing = gradient_checkpointing_enable
-    disable_gradient_checkpointing = gradient_checkpointing_disable
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.gradient_checkpointing
 
     # ---- size ------------------------------------------------------------------------------------------------------
 
