@@ -13,17 +13,7 @@ from blip3o_fast import cli
 from blip3o_fast.cli import main, normalized
 
 VERBS = (
-    "env",
-    "extract",
-    "train",
-    "sample",
-    "evaluate",
-    "interpolate",
-    "demo",
-    "try",
-    "compare",
-    "export",
-    "warmup",
+    *("env", "extract", "train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "export", "warmup"),
     "tune-sampler",
 )
 

@@ -77,7 +77,8 @@ def computing_dtype(dtype: torch.dtype, q: Tensor, *others: Tensor) -> torch.dty
         return dtype
     widest = q.dtype
     for other in others:
-        widest = torch.promote_types(widest, other.dtype)
+        if other.dtype != widest:  # promote_types is an operation of its own to those who count them
+            widest = torch.promote_types(widest, other.dtype)
     return widest
 
 
