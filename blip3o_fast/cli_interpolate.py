@@ -32,6 +32,8 @@ def interpolate(
 ) -> None:
     """Generate features between two pictures and print which picture of the split each step is nearest to.
 
+    What no flag says of the sampler comes from sampler.json beside the weights (see tune-sampler), if there is one.
+
     Example:
 
       blip3o-fast interpolate --model runs/first --embeddings_path runs/embeddings --pair 3,17 --count 8

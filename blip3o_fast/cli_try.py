@@ -23,8 +23,8 @@ def try_pictures(
     output: Annotated[Path | None, option("output", "The PNG that is written; try.png in the run.")] = None,
     num_samples: Annotated[int, option("num_samples", "Generations of each picture.")] = 1,
     neighbours: Annotated[int, option("neighbours", "Shown of each feature.")] = 5,
-    num_steps: Annotated[int, option("num_steps", "ODE steps.")] = 30,
-    guidance_scale: Annotated[float, option("guidance_scale", "1 is none, 0 ignores the condition.")] = 2.0,
+    num_steps: Annotated[int | None, option("num_steps", "ODE steps; 30.")] = None,
+    guidance_scale: Annotated[float | None, option("guidance_scale", "1 is none, 0 ignores the condition; 2.")] = None,
     seed: Annotated[int, option("seed", "Of the noise; generation number s (from 0) has seed + s.")] = 0,
     device: Annotated[str, option("device", "auto, cpu or cuda.")] = "auto",
     storage: Annotated[
@@ -36,7 +36,8 @@ def try_pictures(
 ) -> None:
     """Try a run on pictures: is what it generates near the same pictures as the truth? Writes one PNG.
 
-    The encoders are those that the run's embeddings name.
+    The encoders are those that the run's embeddings name. What no flag says of the sampler comes from sampler.json
+    beside the weights (see tune-sampler), if there is one.
 
     Examples:
 

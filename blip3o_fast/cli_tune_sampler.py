@@ -22,8 +22,8 @@ def tune_sampler(
 ) -> None:
     """Find the cheapest sampler within an error, on your conditions: solver, steps, noise levels, guidance interval.
 
-    What is found is written to sampler.json beside the weights, where `sample` and `evaluate` look for it. Where
-    nothing is within the error, nothing is written and the exit code is 1.
+    What is found is written to sampler.json beside the weights, where `sample`, `evaluate`, `interpolate` and `try`
+    look for it. Where nothing is within the error, nothing is written and the exit code is 1.
 
     Example:
 

@@ -109,6 +109,8 @@ def sample(
 ) -> None:
     """Generate features for the conditions of a split, into one safetensors file or a folder of them.
 
+    What no flag says of the sampler comes from sampler.json beside the weights (see tune-sampler), if there is one.
+
     Examples:
 
       blip3o-fast sample --model runs/first --embeddings_path runs/embeddings --output runs/samples.safetensors
@@ -152,6 +154,8 @@ def evaluate(
     ] = True,
 ) -> None:
     """Judge a trained model on held-out pictures, beside chance and honest baselines.
+
+    What no flag says of the sampler comes from sampler.json beside the weights (see tune-sampler), if there is one.
 
     Examples:
 

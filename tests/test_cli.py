@@ -114,6 +114,7 @@ def test_a_verb_has_every_setting_with_its_default(verb: str) -> None:
     expected = {
         f.name: inspect.Parameter.empty if f.default is MISSING else plain(f.default)
         for f in fields(settings_class(verb))
+        if f.metadata.get("flag", True)
     }
     assert flags == expected
 
@@ -141,7 +142,7 @@ def test_flags_are_named_as_their_settings(verb: str) -> None:
     command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
     flags = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} - {"--help", "-h"}
     for f in fields(settings_class(verb)):
-        assert f"--{f.name}" in flags
+        assert (f"--{f.name}" in flags) == f.metadata.get("flag", True)
     assert not [flag for flag in flags if "-" in flag[2:]], "flags are written with underscores"
 
 

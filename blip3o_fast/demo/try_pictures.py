@@ -26,7 +26,7 @@ from blip3o_fast.demo.gallery import find_pictures
 from blip3o_fast.demo.try_neighbours import Tried, block, collect, compare, describe, training_rows
 from blip3o_fast.demo.try_sheet import draw
 from blip3o_fast.evaluation.samples import load_model
-from blip3o_fast.evaluation.settings import SampleSettings, device_named
+from blip3o_fast.evaluation.settings import SamplingSettings, device_named
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling import prepare, sample
 from blip3o_fast.training.checkpoints import read_run
@@ -49,6 +49,7 @@ class TrySettings:
     images: where the collection's pictures are; (): ``tars`` or ``pictures`` beside the embeddings.
     output: the sheet; None: ``try.png`` in the run, or in the current folder where model and embeddings are given.
     num_samples: generations of each picture; the noise of number s is that of seed + s.
+    num_steps, guidance_scale: None: as sampler.json beside the weights says, else as in `blip3o-fast sample`.
     """
 
     pictures: tuple[Path, ...]
@@ -59,8 +60,8 @@ class TrySettings:
     output: Path | None = None
     num_samples: int = 1
     neighbours: int = 5
-    num_steps: int = 30
-    guidance_scale: float = 2.0
+    num_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     device: str = "auto"
     storage: str = "auto"
@@ -78,15 +79,18 @@ class TrySettings:
         if rows > MAX_ROWS:
             raise ValueError(f"{len(self.pictures)} pictures with --num_samples {self.num_samples} make {rows} rows; "
                              f"one sheet has at most {MAX_ROWS}")  # fmt: skip
-        SampleSettings(
-            "", "", num_steps=self.num_steps, guidance_scale=self.guidance_scale, seed=self.seed,
-            device=self.device, storage=self.storage,
-        ).check()  # fmt: skip
+        self.sampling("").check()
         if self.images:
             find_sources(list(self.images))
         output = self.sheet
         if output.is_dir() or output.suffix.lower() != ".png":
             raise ValueError(f"--output must be the name of a .png file, got {str(output)!r}")
+
+    def sampling(self, model: str | Path) -> SamplingSettings:
+        return SamplingSettings(
+            model, "", num_steps=self.num_steps, guidance_scale=self.guidance_scale, seed=self.seed,
+            device=self.device, storage=self.storage,
+        )  # fmt: skip
 
     @property
     def sheet(self) -> Path:
@@ -108,17 +112,18 @@ def try_pictures(settings: TrySettings, encoders: tuple[Encoder, Encoder] | None
     settings.check()
     pictures = [read_picture(path) for path in settings.pictures]
     model_path, embeddings = places(settings)
+    run = settings.sampling(model_path).run()
     model = load_model(model_path, device_named(settings.device))
     dataset = EmbeddingDataset(embeddings)
     if encoders is None:
         encoders = recorded_encoders(embeddings, dataset.config, settings.trust_remote_code, settings.device)
     _check_widths(model, dataset, embeddings)
     collection = collect(embeddings, dataset, model_path)
-    typer.echo(f"{len(pictures)} of {encoders[0].name} -> {encoders[1].name}, guidance {settings.guidance_scale:g}, "
-               f"{settings.num_steps} steps; neighbours among {len(collection.names)} pictures")  # fmt: skip
+    typer.echo(f"{len(pictures)} of {encoders[0].name} -> {encoders[1].name}, guidance {run['guidance_scale']:g}, "
+               f"{run['num_steps']} steps; neighbours among {len(collection.names)} pictures")  # fmt: skip
 
     condition, target = (_features(encoder, pictures) for encoder in encoders)
-    generated = _generate(model, condition, settings)
+    generated = _generate(model, condition, settings, run)
     tried = [
         compare(path, target[i], generated[:, i], collection, settings.neighbours)
         for i, path in enumerate(settings.pictures)
@@ -245,20 +250,16 @@ def _features(encoder: Encoder, pictures: list[Image]) -> Tensor:
     return torch.cat([encoder.encode(one).cpu() for one in inputs])
 
 
-def _generate(model: BLIP3oDiT, condition: Tensor, settings: TrySettings) -> Tensor:
-    """``[S, P, T, C]``, raw features; another picture or sample changes no other's noise."""
+def _generate(model: BLIP3oDiT, condition: Tensor, settings: TrySettings, run: dict[str, Any]) -> Tensor:
+    """``[S, P, T, C]``, raw features; another picture or sample changes no other's noise. run: of `sample`."""
     device, config = next(model.parameters()).device, model.config
     prepared = prepare(model, storage=settings.storage)
     samples = []
     for number in range(settings.num_samples):
         shape = (config.num_tokens, config.in_channels)
         noise = normal_noise_at(settings.seed + number, torch.arange(len(condition)), shape)
-        samples.append(
-            sample(
-                prepared, condition.clone().to(device), num_steps=settings.num_steps,
-                guidance_scale=settings.guidance_scale, noise=noise.to(device),
-            ).float().cpu()
-        )  # fmt: skip
+        generated = sample(prepared, condition.clone().to(device), noise=noise.to(device), **run)
+        samples.append(generated.float().cpu())
     return torch.stack(samples)
 
 

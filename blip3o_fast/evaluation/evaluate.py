@@ -154,11 +154,36 @@ def _check_given(given: Samples, held_out: EmbeddingDataset, settings: EvaluateS
             f"--samples {settings.samples}: its targets are not those of the eval split of {settings.embeddings_path} "
             f"with --eval_split {settings.eval_split}; it was made with {told}"
         )
-    for name, mine in settings.run().items():
-        made = type(DEFAULTS[name])(given.metadata.get(name, mine))
+    for name, default in DEFAULTS.items():
+        mine = getattr(settings, name)
+        made = type(default)(given.metadata.get(name, mine))
         if made != mine:
             print(f"note: the samples were made with {name} {made}, not {mine}")
             setattr(settings, name, made)
+    if "num_steps" in given.metadata:  # else nothing is said about how they were made
+        levels = _levels_made(given.metadata, settings)
+        if levels != settings.sigmas:
+            print(f"note: the samples were made with {_in_words(levels)}, not {_in_words(settings.sigmas)}")
+            settings.sigmas = levels
+
+
+def _levels_made(metadata: dict[str, str], settings: EvaluateSettings) -> tuple[float, ...] | None:
+    if "sigmas" not in metadata:
+        return None
+    try:
+        return tuple(float(level) for level in json.loads(metadata["sigmas"]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"--samples {settings.samples}: its sigmas must be a list of numbers, got {metadata['sigmas']!r:.80}"
+        ) from error
+
+
+def _in_words(sigmas: tuple[float, ...] | None) -> str:
+    return (
+        "the linear noise levels"
+        if sigmas is None
+        else f"noise levels {', '.join(f'{s:.3g}' for s in sigmas[:3])}, ..."
+    )
 
 
 def table(result: dict[str, float]) -> str:

@@ -71,7 +71,7 @@ def run_interpolation(settings: InterpolateSettings) -> Path:
 
     Raises ValueError or FileNotFoundError naming the flag or file, what was found and what is allowed.
     """
-    pair, how = settings.check(), settings.sampling()
+    pair, how = settings.check(), settings.sampling().resolved()
     dataset = EmbeddingDataset(settings.embeddings_path, split=settings.split, eval_split=settings.eval_split)
     if max(pair) >= len(dataset):
         raise ValueError(
@@ -107,7 +107,7 @@ def run_interpolation(settings: InterpolateSettings) -> Path:
     }
     path = Path(settings.output)
     names = ("model", "embeddings_path", "split", "eval_split", "pair", "method", "seed")
-    _write(path, tensors, {name: str(value) for name, value in (how.run() | _chosen(settings, names)).items()})
+    _write(path, tensors, how.metadata() | {name: str(getattr(settings, name)) for name in names})
     keys = " to ".join(f"{place} ({dataset.keys[place]})" for place in pair)
     print(f"{settings.count} steps from {keys}, {settings.method}: {path}")
     return path
@@ -124,10 +124,6 @@ def nearest(generated: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     )
     similarity, place = (query @ pool.T).max(1)
     return place, similarity
-
-
-def _chosen(settings: InterpolateSettings, names: tuple[str, ...]) -> dict[str, object]:
-    return {name: getattr(settings, name) for name in names}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

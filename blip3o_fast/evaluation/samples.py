@@ -111,6 +111,7 @@ def sample_to_file(settings: SampleSettings) -> Path:
         )
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; give the name of a file, or use --output_dir")
+    settings = settings.resolved()
     dataset = EmbeddingDataset(settings.embeddings_path, split=settings.split, eval_split=settings.eval_split)
     model = load_model(settings.model, device_named(settings.device))
     samples = Samples(generate(model, dataset, settings), *_truth(dataset, settings), describe(settings))
@@ -125,6 +126,7 @@ def sample_to_folder(settings: SampleSettings) -> Path:
     Raises ValueError or FileNotFoundError naming the flag or file, what was found and what is allowed.
     """
     settings.check()
+    settings = settings.resolved()
     assert settings.output_dir is not None
     told = {name: str(getattr(settings, name)) for name in ("model", "embeddings_path", "split", "eval_split")}
     given = {f.name: getattr(settings, f.name) for f in fields(settings)} | settings.run()
@@ -166,9 +168,7 @@ def _truth(dataset: EmbeddingDataset, settings: SampleSettings) -> tuple[Tensor,
 def describe(settings: SampleSettings) -> dict[str, str]:
     """What a samples file says about how it was made."""
     names = ("model", "embeddings_path", "split", "eval_split", "seed", "num_samples_per_condition")
-    return {name: str(value) for name, value in settings.run().items()} | {
-        name: str(getattr(settings, name)) for name in names
-    }
+    return settings.metadata() | {name: str(getattr(settings, name)) for name in names}
 
 
 def write_samples(path: Path, samples: Samples) -> None:

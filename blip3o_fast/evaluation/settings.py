@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +11,15 @@ import torch
 
 from blip3o_fast.data.dataset import SPLITS
 from blip3o_fast.flow.solvers import check_solver
+from blip3o_fast.models.reading import folder_of
 from blip3o_fast.ops.packed_linear import STORAGE
+from blip3o_fast.sampling.ranks import Rank
+from blip3o_fast.sampling.settings import fill
 
 DEVICES = ("auto", "cpu", "cuda")
 
-# What a flag that is None becomes: the one place for it. BLIP3-o samples with guidance 3; embeddings score best near 2.
+# What a flag that is None becomes where the model has no sampler.json: the one place for it. BLIP3-o samples with
+# guidance 3; embeddings score best near 2.
 DEFAULTS: dict[str, Any] = {
     "num_steps": 30,
     "guidance_scale": 2.0,
@@ -35,11 +39,13 @@ class SamplingSettings:
     model: a run's folder, a checkpoint folder (its averaged weights are used where it has some) or a hub name.
     embeddings_path: as in training; with the same ``eval_split`` the split is the one that training held out.
     num_samples: the first so many pictures of the split; None: all.
-    num_steps, guidance_scale, solver, guidance_start, guidance_end: as of `sample`; None: as DEFAULTS says.
+    num_steps, guidance_scale, solver, guidance_start, guidance_end: as of `sample`; None: as sampler.json beside the
+        weights says, or DEFAULTS where there is none; where none of them is None the file is not looked at.
         guidance_scale 1 is none, 0 ignores the condition; it is used between the two noise levels.
     batch_size: pictures of a run. seed: of the noise, which belongs to (seed, picture): batch size and num_samples do
         not change it.
     storage: of the weights while sampling on a CPU, see `sampling.prepare`; "auto" loses nothing.
+    sigmas: the num_steps + 1 noise levels of sampler.json, set by `resolved`; None: the linear ones. Not a flag.
     """
 
     model: str | Path
@@ -56,24 +62,45 @@ class SamplingSettings:
     seed: int = 0
     device: str = "auto"
     storage: str = "auto"
+    sigmas: tuple[float, ...] | None = field(default=None, metadata={"flag": False})
 
     def resolved(self: Settings) -> Settings:
-        """A copy in which nothing of DEFAULTS is None."""
-        return replace(self, **{name: value for name, value in DEFAULTS.items() if getattr(self, name) is None})
+        """A copy in which nothing of DEFAULTS is None. Where sampler.json is used, one line about it is printed.
+
+        Raises ValueError naming the file where it is broken.
+        """
+        given = {name: getattr(self, name) for name in DEFAULTS}
+        if None not in given.values():
+            return replace(self)
+        rank = Rank.here()
+        filled = fill(given, folder_of(Path(self.model)), print if rank.speaks else lambda line: None)
+        sigmas = filled.pop("sigmas", None)
+        return replace(self, **DEFAULTS | filled, sigmas=None if sigmas is None else tuple(sigmas.tolist()))
 
     def run(self) -> dict[str, Any]:
         """The arguments of `sample` that these settings are."""
         settings = self.resolved()
-        return {name: getattr(settings, name) for name in DEFAULTS}
+        arguments = {name: getattr(settings, name) for name in DEFAULTS}
+        if settings.sigmas is not None:
+            arguments["sigmas"] = torch.tensor(settings.sigmas, dtype=torch.float32)
+        return arguments
+
+    def metadata(self) -> dict[str, str]:
+        """The same as texts, as a file of samples says how it was made; sigmas are a list in JSON."""
+        run = self.run()
+        return {name: str(value.tolist() if name == "sigmas" else value) for name, value in run.items()}
 
     def check(self) -> None:
-        """ValueError naming the flag, before anything is loaded."""
-        for name, value in self.run().items():
+        """ValueError naming the flag, before anything is loaded or a file is read."""
+        told = {
+            name: default if (value := getattr(self, name)) is None else value for name, default in DEFAULTS.items()
+        }
+        for name, value in told.items():
             _CHECKS[name](value)
         check_whole("batch_size", self.batch_size)
         if self.num_samples is not None:
             check_whole("num_samples", self.num_samples)
-        start, end = self.run()["guidance_start"], self.run()["guidance_end"]
+        start, end = told["guidance_start"], told["guidance_end"]
         if start < end:
             raise ValueError(
                 f"--guidance_start must be at least --guidance_end, as noise levels fall: got {start} and {end}"
@@ -138,8 +165,6 @@ _CHECKS = {
 
 def device_named(name: str) -> torch.device:
     """ "auto" is CUDA where there is one; of several GPUs the one of this process."""
-    from blip3o_fast.sampling.ranks import Rank
-
     if name not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():

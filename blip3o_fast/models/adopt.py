@@ -14,7 +14,7 @@ from torch import nn
 from blip3o_fast.models import forward as fused
 from blip3o_fast.models import fuse, stock
 from blip3o_fast.models.config import ALIASES, BLIP3oConfig
-from blip3o_fast.models.layout import lay_out
+from blip3o_fast.models.layout import lay_out, tied
 from blip3o_fast.models.modules import HEAD_NORM_EPS, QK_NORM_EPS
 from blip3o_fast.models.rope import kept_rope_table, rope_from_complex
 
@@ -55,14 +55,18 @@ def from_stock(cls: Any, x: Any) -> Any:
         if not module._parameters:
             continue
         theirs = network.get_submodule(name)
-        if module._modules:  # a block with its gate, the network with its pad_token
+        if module._modules:
+            # A block with its gate, the network with its pad_token. They are read where the network has them: one that
+            # is exchanged (`load_state_dict(assign=True)`) is exchanged here.
             for own in module._parameters:
-                setattr(module, own, theirs.get_parameter(own))
+                theirs.get_parameter(own)
+            module._parameters = theirs._parameters
         else:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, theirs)
+    keep = tied(network)
     for layer in model.layers:
-        lay_out(layer)
+        lay_out(layer, keep)
     return model.train(network.training)
 
 

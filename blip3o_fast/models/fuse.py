@@ -68,7 +68,15 @@ class FusedNetwork(nn.Module):
             )
         super().compile_repeated_blocks(*args, **kwargs)  # type: ignore[misc]
 
-    # What replaces the storage of parameters ends with the weights side by side again.
+    # What makes a network or replaces the storage of parameters ends with the weights side by side.
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return _laid_out(super().from_pretrained(*args, **kwargs))  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        return _laid_out(super().from_config(*args, **kwargs))  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
@@ -93,6 +101,12 @@ def _lay_out(network: Any) -> None:
     keep = tied(network)
     for layer in network.layers:
         lay_out(layer, keep)
+
+
+def _laid_out(made: Any) -> Any:
+    """made: a network, or a tuple that begins with one (output_loading_info, return_unused_kwargs)."""
+    _lay_out(made[0] if isinstance(made, tuple) else made)
+    return made
 
 
 def _rebuild(stock_class: type) -> Any:

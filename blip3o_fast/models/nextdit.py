@@ -260,7 +260,8 @@ class BLIP3oDiT(nn.Module, Checkpointing, PyTorchModelHubMixin, library_name="bl
 
     @classmethod
     def from_stock(cls, network: Any) -> "BLIP3oDiT":
-        """A model over the layers of another network, which stays as it is; the weights are the same objects.
+        """A model over the layers of another network, which stays as it is; the weights are the same objects, and
+        stay so through the network's `load_state_dict`, with assign=True too.
 
         network: diffusers' `LuminaNextDiT2DModel`, a pipeline with one, or BLIP3-o's `NextDiTCrossAttn`; fused or not.
         Raises ValueError for another model, and for one that is hooked, compiled, sharded or changed, with the part.

@@ -20,7 +20,7 @@ from torch import Tensor
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.reader import ConditionReader, MemoryConditions, open_conditions
 from blip3o_fast.ops._philox import normal_noise_at
-from blip3o_fast.sampling.arguments import Arguments, check_count
+from blip3o_fast.sampling.arguments import Arguments, check_count, noise_levels
 from blip3o_fast.sampling.engine import Sampler
 from blip3o_fast.sampling.prepared import PreparedModel
 from blip3o_fast.sampling.ranks import Rank
@@ -54,6 +54,7 @@ def generate_from_dataset(
     solver: str = "euler",
     guidance_start: float = 1.0,
     guidance_end: float = 0.0,
+    sigmas: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
     samples_per_shard: int = 4096,
@@ -71,7 +72,8 @@ def generate_from_dataset(
         num_samples (the first so many pictures of the split) belong to the former two. The result's pictures stand in
         the order of the file.
     num_samples_per_condition: n; a picture has n rows, one after the other.
-    num_steps, guidance_scale, solver, guidance_start, guidance_end: as of `sample`.
+    num_steps, guidance_scale, solver, guidance_start, guidance_end, sigmas: as of `sample`;
+        `SamplerSettings.read(folder).arguments()` has them all.
     seed: of the noise, which belongs to (seed, row of the file, which of its samples), bit for bit: batch size,
         processes, shards and n do not change it.
     batch_size: rows of a run, at least one picture. samples_per_shard: rows of a result shard, at least one picture;
@@ -102,6 +104,9 @@ def generate_from_dataset(
     for name, value in counts.items():
         check_count(name, value)
     Arguments(**arguments).check()
+    levels = {}
+    if sigmas is not None:
+        levels = {"sigmas": noise_levels(Arguments(**arguments, sigmas=sigmas), model.config.prediction_type)}
     # 2 and 2.0 are one number, and two texts.
     arguments = {name: float(value) if name.startswith("guidance") else value for name, value in arguments.items()}
     if type(seed) is not int or not 0 <= seed < 2**63:
@@ -116,6 +121,7 @@ def generate_from_dataset(
         "pictures": len(reader.indices),
         "samples_per_shard": samples_per_shard,
         **arguments,
+        **{name: value.tolist() for name, value in levels.items()},
         "seed": seed,
         "storage": storage,
         "weights": weights_fingerprint(model),
@@ -137,7 +143,7 @@ def generate_from_dataset(
             step = max(1, batch_size // num_samples_per_condition)
             for first in range(start, stop, step):
                 last = min(first + step, stop)
-                parts.append(_sample(sampler, model, reader, first, last, seed, arguments))
+                parts.append(_sample(sampler, model, reader, first, last, seed, arguments | levels))
                 bar.update(len(parts[-1]))
             index = reader.indices[start:stop].repeat_interleave(num_samples_per_condition)
             results.write(number, torch.cat(parts), index, reader.keys[start:stop])

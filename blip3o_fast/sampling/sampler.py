@@ -79,6 +79,9 @@ def sample(
     and kept for the run: layers * 3 * L * key channels per sample, twice with guidance. What depends on the time too
     (every block's modulation) is made for many steps at once, in at most 256 MB.
 
+    What `blip3o-fast tune-sampler` found for a model is `**SamplerSettings.read(folder).arguments()`, see
+    `sampling.settings`; nothing reads it here unasked.
+
     Returns [N * n, T, C], fp32 (fp64 for an fp64 network). The state is kept in that dtype; the network gets its own.
     Raises ValueError naming the argument, what was given and what is allowed; FloatingPointError where the result is
     not finite.

@@ -143,6 +143,15 @@ def fill(given: dict[str, Any], folder: str | Path, say: Callable[[str], Any] = 
         wanted.setdefault("num_steps", len(wanted["sigmas"]) - 1)
     if wanted.get("guidance_scale", settings.guidance_scale) != settings.guidance_scale:
         settings = replace(settings, guidance_start=1.0, guidance_end=0.0)
-    mixed = replace(settings, **{name: value for name, value in wanted.items() if name in FILLED and name != "sigmas"})
-    say(f"{path}: {mixed}" + (f" (given: {', '.join(given_names)})" if given_names else ""))
+    own = {name: wanted[name] for name in given_names if name != "sigmas"}
+    try:
+        mixed = replace(settings, **own)
+    except ValueError as error:
+        given_text = ", ".join(f"{name} {value}" for name, value in own.items())
+        raise ValueError(f"{path} with {given_text}: {error}") from error
+    said = f" (given: {', '.join(given_names)})" if given_names else ""
+    if (mixed.solver, mixed.num_steps) != (settings.solver, settings.num_steps):
+        # Another run than the file's: its noise levels are laid out anew, and what was measured holds no more.
+        said = f"{said[:-1]}; the file has {settings.solver}, {settings.num_steps} steps)"
+    say(f"{path}: {mixed}{said}")
     return {**mixed.arguments(), **wanted}

@@ -26,6 +26,7 @@ from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling import sample
+from blip3o_fast.sampling.settings import SamplerSettings
 
 PICTURES, E, C = 14, 16, 12
 
@@ -136,6 +137,26 @@ def test_neighbours_are_those_of_a_brute_force(run: Path, tmp_path: Path, drawn:
     assert tried[0].own is None
     keys = EmbeddingDataset(run / "embeddings").keys
     assert keys[tried[1].own] == "kind_0/p04" and tried[1].true_similarity[0] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_tune_sampler_found_is_used(
+    run: Path, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(module, "sample", lambda *args, **how: asked.append(how) or sample(*args, **how))
+    shutil.copytree(run / "model", tmp_path / "model")
+    tuned = SamplerSettings("ab2", 3, "cosine", 1.5, guidance_start=0.9)
+    file = tuned.write(tmp_path / "model")
+    how = {"model": str(tmp_path / "model"), "embeddings_path": run / "embeddings", "output": tmp_path / "a.png"}
+    try_pictures(settings_of(run, run / "strange.png", **how, num_steps=None))
+    out = capsys.readouterr().out
+    assert out.count(f"{file}: {tuned}\n") == 1 and "guidance 1.5, 3 steps; neighbours" in out
+    noise = asked[0].pop("noise")
+    assert len(noise) == 1 and torch.equal(asked[0].pop("sigmas"), tuned.arguments()["sigmas"])
+    assert asked[0] == {name: value for name, value in tuned.arguments().items() if name != "sigmas"}
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"sampler\.json: not JSON"):
+        try_pictures(settings_of(run, run / "strange.png", **how))
 
 
 def test_the_command_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

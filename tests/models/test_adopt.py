@@ -56,6 +56,25 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_are_exchanged_are_seen(fused: bool) -> None:
+    """assign=True puts other parameters in their place, gates and pad_token included."""
+    network, other = build(), build()
+    ours = BLIP3oDiT.from_stock(fuse(network) if fused else network)
+    network.load_state_dict(other.state_dict(), assign=True)
+    theirs = dict(network.named_parameters())
+    assert all(p is theirs[name] for name, p in ours.named_parameters())
+    agree(other, ours)
+
+
+def test_weights_in_one_memory_stay_so() -> None:
+    network = build()
+    one, two = network.layers[0].attn2.to_k, network.layers[1].attn2.to_k
+    two.weight = nn.Parameter(one.weight.data)  # another parameter of the same memory
+    agree(network, BLIP3oDiT.from_stock(network))
+    assert one.weight.data_ptr() == two.weight.data_ptr()
+
+
 @pytest.mark.parametrize("changes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_it_is_the_network(changes: dict[str, Any], fused: bool) -> None:

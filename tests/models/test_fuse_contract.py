@@ -68,6 +68,13 @@ def test_the_fused_class_loads_and_builds(build_lumina: Any, lumina_call: Any, t
     loaded = type(model).from_pretrained(tmp_path)
     call = lumina_call(model)
     assert isinstance(loaded, FusedNetwork) and off(loaded(*call), model(*call)) <= 1e-5
+    with_info, info = type(model).from_pretrained(tmp_path, output_loading_info=True, low_cpu_mem_usage=False)
+    assert info["missing_keys"] == [] and off(with_info(*call), model(*call)) <= 1e-5
+    built, unused = type(model).from_config(dict(model.config) | {"strange": 1}, return_unused_kwargs=True)
+    assert list(built.state_dict()) == list(model.state_dict())
+    for network in (loaded, with_info, built):
+        groups = [group for block in network.layers for group in projection_groups(block)]
+        assert all(adjacent([linear.weight for linear in group]) for group in groups), "not side by side"
     for cls in (type(model), LuminaNextDiT2DModel):
         built = cls.from_config(model.config)
         assert dict(built.config) == dict(model.config) and list(built.state_dict()) == list(model.state_dict())

@@ -123,7 +123,7 @@ def test_what_is_given_wins(tmp_path):
     grid = sigma_grid(20, "shifted", shift=1.5)
     same(filled, TUNED.arguments() | {"num_steps": 20, "solver": "heun", "sigmas": grid})
     assert said[0].endswith("heun, 20 steps, shifted grid by 1.5, guidance 2 where 0.1 <= sigma <= 0.9 "
-                            "(given: solver, num_steps)")  # fmt: skip
+                            "(given: solver, num_steps; the file has ab2, 9 steps)")  # fmt: skip
     own = torch.tensor([1.0, 0.5, 0.0])
     same(fill({"sigmas": own}, tmp_path, said.append), TUNED.arguments() | {"num_steps": 2, "sigmas": own})
 
@@ -137,6 +137,12 @@ def test_the_interval_belongs_to_its_guidance_scale(tmp_path):
     same(fill({"guidance_scale": 2.0}, tmp_path, lambda line: None), TUNED.arguments())
     filled = fill({"guidance_scale": 3.0, "guidance_end": 0.3}, tmp_path, lambda line: None)
     assert (filled["guidance_start"], filled["guidance_end"]) == (1.0, 0.3)
+
+
+def test_what_does_not_go_with_the_file_names_both(tmp_path):
+    TUNED.write(tmp_path)
+    with pytest.raises(ValueError, match=r"sampler\.json with guidance_start 0\.05: guidance_start must be at least"):
+        fill({"guidance_start": 0.05}, tmp_path)
 
 
 def test_a_broken_file_is_no_silent_default(tmp_path):
