@@ -68,7 +68,7 @@ def generate(
         step = max(1, settings.batch_size // each)
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
-            shape = (model.config.num_tokens, model.config.in_channels)
+            shape = (model.config.sample_size**2, model.config.in_channels)
             noise = noise_of(settings.seed, dataset.indices[rows], each, shape)
             generated = sample(
                 prepared,

@@ -77,7 +77,9 @@ def tune_sampler(settings: TuneSettings) -> SamplerSettings | None:
     device = device_named(settings.device)
     model = load_model(settings.model, device)
     rows = slice(0, settings.num_samples)
-    noise = normal_noise_at(settings.seed, dataset.indices[rows], (model.config.num_tokens, model.config.in_channels))
+    noise = normal_noise_at(
+        settings.seed, dataset.indices[rows], (model.config.sample_size**2, model.config.in_channels)
+    )
     print(
         f"{len(noise)} conditions, guidance {settings.guidance_scale:g}; errors are relative L2 distances to "
         f"{settings.reference_steps} Euler steps"

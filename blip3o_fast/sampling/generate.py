@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.reader import ConditionReader, MemoryConditions, open_conditions
+from blip3o_fast.models.adopt import as_ours
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling.arguments import Arguments, check_count, noise_levels
 from blip3o_fast.sampling.engine import Sampler
@@ -66,7 +67,8 @@ def generate_from_dataset(
 ) -> Generated:
     """Sample every condition of a data set into a folder of result shards (`sampling.result_shards` has the format).
 
-    model: what `Sampler` takes, with a `state_dict`, in eval mode, on the device that is to compute.
+    model: what `Sampler` takes, in eval mode, on the device that is to compute. It, or a pipeline's network, must have a
+        `state_dict`.
     dataset: a folder that `extract` wrote, of which a batch at a time is read; the original's pickle, which is read
         whole; an `EmbeddingDataset` with raw features; or a `data.reader.ConditionReader`. split, eval_split and
         num_samples (the first so many pictures of the split) belong to the former two. The result's pictures stand in
@@ -104,6 +106,7 @@ def generate_from_dataset(
     for name, value in counts.items():
         check_count(name, value)
     Arguments(**arguments).check()
+    model = as_ours(model)
     levels = {}
     if sigmas is not None:
         levels = {"sigmas": noise_levels(Arguments(**arguments, sigmas=sigmas), model.config.prediction_type)}
@@ -202,6 +205,6 @@ def _sample(
     """Float32 [rows, T, C] on the CPU: the samples of the reader's pictures from first to last."""
     conditions = reader.read(first, last)
     device, _ = device_and_dtype(model, conditions)
-    shape = (model.config.num_tokens, model.config.in_channels)
+    shape = (model.config.sample_size**2, model.config.in_channels)
     noise = noise_of(seed, reader.indices[first:last], arguments["num_samples_per_condition"], shape)
     return sampler(conditions.to(device), noise=noise.to(device), **arguments).float().cpu()
