@@ -44,6 +44,14 @@ def test_every_layer_costs_the_same():
         assert c == pytest.approx(b + (b - a), rel=1e-12)
 
 
+@pytest.mark.parametrize("context_projection", [True, False])
+def test_every_step_costs_the_same(context_projection):
+    """So a run of 30 is told from 1 and 2."""
+    model, call = network(1, context_projection)
+    whole = step_report.run_flops(Sampler(model), call["encoder_hidden_states"], STEPS)
+    assert step_report.step_flops(1, context_projection)[0] * STEPS == whole
+
+
 def test_the_counter_sees_our_products():
     """One call that hoists nothing does the products of the stock forward, attention included."""
     model, call = network(2, True)
@@ -71,6 +79,6 @@ def test_guidance_is_paid_where_it_is_wanted():
     sampler = Sampler(model)
 
     def of(interval: dict[str, float]) -> int:
-        return flops(lambda: sampler(call["encoder_hidden_states"], num_steps=STEPS, **interval))
+        return flops(lambda: sampler(call["encoder_hidden_states"], num_steps=10, **interval))
 
     assert of({"guidance_start": 0.5}) / of({}) == pytest.approx(0.75, abs=0.01)
