@@ -1,13 +1,9 @@
 """The flags of `blip3o-fast interpolate`: one parameter per field of `evaluation.interpolation.InterpolateSettings`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
-
-
-def option(name: str, text: str) -> Any:
-    return typer.Option(f"--{name}", help=text)
+from blip3o_fast.cli_verbs import option
 
 
 def interpolate(

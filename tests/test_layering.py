@@ -29,7 +29,7 @@ LAYERS = {
     "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "env"},
     "cli": {"cli_export", "cli_interpolate", "cli_train", "cli_try", "cli_tune_sampler", "cli_verbs", "env"},
     "cli_export": {"cli_verbs", "models", "env"},
-    "cli_interpolate": {"evaluation"},
+    "cli_interpolate": {"cli_verbs", "evaluation"},
     "cli_train": {"training", "env"},
     "cli_try": {"cli_verbs", "demo"},
     "cli_tune_sampler": {"cli_verbs", "evaluation"},

@@ -256,7 +256,7 @@ def _generate(model: BLIP3oDiT, condition: Tensor, settings: TrySettings, run: d
     prepared = prepare(model, storage=settings.storage)
     samples = []
     for number in range(settings.num_samples):
-        shape = (config.num_tokens, config.in_channels)
+        shape = (config.sample_size**2, config.in_channels)
         noise = normal_noise_at(settings.seed + number, torch.arange(len(condition)), shape)
         generated = sample(prepared, condition.clone().to(device), noise=noise.to(device), **run)
         samples.append(generated.float().cpu())

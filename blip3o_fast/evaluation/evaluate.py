@@ -77,7 +77,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> dict[str, float]:
         assert model is not None
         generated = generate(model, held_out, settings)
     else:
-        generated = given.generated
+        generated = given.generated[: settings.num_samples]
     count = len(generated)
     systems = {"": generated, **_baseline_predictions(train, held_out, count)}
     if settings.unconditional:
@@ -146,6 +146,8 @@ def _check_given(given: Samples, held_out: EmbeddingDataset, settings: EvaluateS
     count = len(given.index)
     if count < 2:
         raise ValueError(f"--samples {settings.samples}: holds {count} pictures; at least 2 are needed")
+    if settings.num_samples is not None and settings.num_samples > count:
+        raise ValueError(f"--num_samples {settings.num_samples}: --samples {settings.samples} holds {count} pictures")
     same_rows = count <= len(held_out) and bool((given.index == held_out.indices[:count]).all())
     same = same_rows and given.target.shape[1:] == held_out.targets.shape[1:]
     if not same or not bool((given.target == held_out.targets[:count]).all()):

@@ -82,7 +82,7 @@ def run_interpolation(settings: InterpolateSettings) -> Path:
     model = load_model(settings.model, device)
     check_width(model, dataset, how)
     first, last = (dataset.conditions[place].to(device) for place in pair)
-    shape = (model.config.num_tokens, model.config.in_channels)
+    shape = (model.config.sample_size**2, model.config.in_channels)
     noise = noise_of(settings.seed, dataset.indices[[pair[0]]], 1, shape)[0]
     generated = interpolate(
         prepare(model, storage=settings.storage),

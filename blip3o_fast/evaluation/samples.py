@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.reading import AVERAGED_WEIGHTS
 from blip3o_fast.sampling import generate_from_dataset, prepare, sample
 from blip3o_fast.sampling.generate import noise_of
+from blip3o_fast.sampling.progress import bar
 from blip3o_fast.sampling.ranks import Rank
 from blip3o_fast.sampling.result_shards import read_results
 
@@ -64,11 +64,11 @@ def generate(
     prepared = prepare(model, storage=settings.storage)
     arguments = settings.run()
     parts = []
-    with _bar(count * each, progress) as advance:
+    with bar(progress, total=count * each, desc="sample", unit="sample") as shown:
         step = max(1, settings.batch_size // each)
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
-            shape = (model.config.num_tokens, model.config.in_channels)
+            shape = (model.config.sample_size**2, model.config.in_channels)
             noise = noise_of(settings.seed, dataset.indices[rows], each, shape)
             generated = sample(
                 prepared,
@@ -78,7 +78,7 @@ def generate(
                 **arguments,
             )
             parts.append(generated.float().cpu())
-            advance(len(parts[-1]))
+            shown.update(len(parts[-1]))
     return torch.cat(parts)
 
 
@@ -253,23 +253,3 @@ def _read_file(path: Path) -> Samples:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"--samples {path}: the tensors do not belong together: {shapes}")
     return Samples(tensors["generated"], tensors["target"], tensors["condition"], tensors["index"], metadata)
-
-
-class _bar:
-    """``with _bar(total, wanted) as advance``: a progress bar where it is wanted and stderr is a terminal."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        import sys
-
-        self.bar: Any = None
-        if wanted and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc="sample", unit="sample")
-
-    def __enter__(self) -> Any:
-        return (lambda count: None) if self.bar is None else self.bar.update
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

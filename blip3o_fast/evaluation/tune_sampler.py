@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from blip3o_fast.evaluation.samples import load_model
 from blip3o_fast.evaluation.settings import device_named
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling import Sampler
+from blip3o_fast.sampling.progress import bar
 from blip3o_fast.sampling.settings import SamplerSettings
 from blip3o_fast.sampling.tune import MOST, Search, Trial, first_level, front, tune
 
@@ -77,12 +76,19 @@ def tune_sampler(settings: TuneSettings) -> SamplerSettings | None:
     device = device_named(settings.device)
     model = load_model(settings.model, device)
     rows = slice(0, settings.num_samples)
-    noise = normal_noise_at(settings.seed, dataset.indices[rows], (model.config.num_tokens, model.config.in_channels))
+    noise = normal_noise_at(
+        settings.seed, dataset.indices[rows], (model.config.sample_size**2, model.config.in_channels)
+    )
     print(
         f"{len(noise)} conditions, guidance {settings.guidance_scale:g}; errors are relative L2 distances to "
         f"{settings.reference_steps} Euler steps"
     )
-    with _Bar() as bar:
+    with bar(True, desc="tune", unit="run", leave=False) as shown:
+
+        def advance(trial: Trial) -> None:
+            shown.set_postfix_str(f"{trial.settings.solver} {trial.passes} passes, error {trial.error:.4f}")
+            shown.update()
+
         search = Search(
             Sampler(model),
             dataset.conditions[rows].to(device),
@@ -91,7 +97,7 @@ def tune_sampler(settings: TuneSettings) -> SamplerSettings | None:
             reference_steps=settings.reference_steps,
             start=first_level(model.config.prediction_type),
             progress=True,
-            on_trial=bar.advance,
+            on_trial=advance,
         )
         best = tune(search, settings.error, MOST)
         floor = search.floor()
@@ -150,26 +156,3 @@ def seconds_side_by_side(search: Search, first: SamplerSettings, second: Sampler
 def _wait_for(result: Tensor) -> None:
     if result.is_cuda:
         torch.cuda.synchronize()
-
-
-class _Bar:
-    """A bar of the runs made, where stderr is a terminal. How many there will be is not known."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def advance(self, trial: Trial) -> None:
-        if self.bar is None and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(desc="tune", unit="run", leave=False)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{trial.settings.solver} {trial.passes} passes, error {trial.error:.4f}")
-            self.bar.update()
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -67,7 +67,32 @@ def from_stock(cls: Any, x: Any) -> Any:
     keep = tied(network)
     for layer in model.layers:
         lay_out(layer, keep)
-    return model.train(network.training)
+    shared = {id(module) for module in network.modules()}
+    for module in model.modules():
+        if id(module) not in shared:  # the network's own stay in the mode that each is in
+            module.training = network.training
+    return model
+
+
+def is_current(model: Any, x: Any) -> bool:
+    """Whether a model that `from_stock` made of x has the layers that x has now.
+
+    One that was put in the place of another (an adapter) is not seen through the model. ValueError where x has become
+    what cannot be read (hooked, compiled).
+    """
+    network = stock_network(x)
+    if network is None:
+        raise ValueError(f"the {type(x).__name__} has no network any more")
+    reason = _refusal(network) or (None if network is x else _wrapper_refusal(x))
+    if reason is not None:
+        raise ValueError(f"the {type(x).__name__} cannot be read any more: {reason}")
+    return {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == {
+        name: id(p) for name, p in network.named_parameters(remove_duplicate=False)
+    } and all(
+        model.get_submodule(name) is module
+        for name, module in network.named_modules()
+        if module._parameters and not module._modules
+    )
 
 
 # ---- what cannot be read ---------------------------------------------------------------------------------------------

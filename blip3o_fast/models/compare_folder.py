@@ -127,6 +127,7 @@ def compare_folder(settings: CompareSettings) -> tuple[Comparison, bool]:
     within = found.difference.max_abs <= settings.tolerance  # False for a NaN
     if settings.json is not None:
         values = {**found.to_dict(), "tolerance": settings.tolerance, "within_tolerance": within}
+        settings.json.parent.mkdir(parents=True, exist_ok=True)
         beside = settings.json.with_name(f".{settings.json.name}.{os.getpid()}")
         beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, settings.json)

@@ -17,7 +17,7 @@ from torch import Tensor
 from blip3o_fast.models.matching import BLIP3O_PREFIX, UNUSED, compare_names, report
 from blip3o_fast.models.memory import parse_dtype
 from blip3o_fast.models.nextdit import BLIP3oDiT
-from blip3o_fast.models.reading import AVERAGED_WEIGHTS, INDEX, OUR_WEIGHTS, read_file, read_json, shards
+from blip3o_fast.models.reading import AVERAGED_WEIGHTS, CONFIG, INDEX, OUR_WEIGHTS, read_file, read_json, shards
 
 TARGETS = ("diffusers", "blip3o")
 # What BLIP3-o's program fixes in its code: a network that was trained otherwise would be run wrongly.
@@ -92,6 +92,8 @@ def export(
         raise ValueError(f"--output {output} exists; give another name, or --overwrite to replace it")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give the name of a folder")
+    if output.exists():
+        _refuse_to_lose(output, Path(checkpoint))
 
     average = Path(checkpoint) / AVERAGED_WEIGHTS
     averaged = average.is_file() and not raw_weights
@@ -119,6 +121,17 @@ def export(
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in written.values()})
     size = sum(tensor.nbytes for tensor in written.values())
     return Exported(to, output, len(written), size, "+".join(kinds), averaged)
+
+
+def _refuse_to_lose(output: Path, checkpoint: Path) -> None:
+    """The output is replaced as a whole, so it may hold neither what is read nor what no export wrote."""
+    source = checkpoint.resolve()
+    if checkpoint.exists() and output.resolve() in (source, *source.parents):
+        raise ValueError(f"--output {output} holds the checkpoint {checkpoint} itself; give another name")
+    if any(output.iterdir()) and not (output / CONFIG).is_file():
+        raise ValueError(
+            f"--output {output} holds files, and no {CONFIG}: it is no exported folder, so --overwrite leaves it alone"
+        )
 
 
 def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast.models import BLIP3oDiT
-from blip3o_fast.models.adopt import as_ours
+from blip3o_fast.models.adopt import as_ours, is_current
 from blip3o_fast.sampling import memory
 from blip3o_fast.sampling.arguments import Arguments, check_count
 from blip3o_fast.sampling.graphs import Graphs
@@ -34,30 +34,43 @@ class Sampler:
     max_graphs: on a CUDA device a solver's step is captured as a CUDA graph, for at most so many shapes, of which the
         least recently used is dropped; 0 makes no graphs. `sampler.graphs.reason` says why a run had none.
 
-    It follows the model: whatever changes a weight is noticed at the next run. Calls from several threads wait for
-    each other and give the serial results. Raises ValueError for wrong arguments, RuntimeError for a storage by name
-    that cannot be had.
+    It follows the model: whatever changes a weight, or puts another layer in the place of one, is noticed at the next
+    run. Calls from several threads wait for each other and give the serial results. Raises ValueError for wrong
+    arguments, RuntimeError for a storage by name that cannot be had.
     """
 
     def __init__(
         self, model: Any, *, max_graphs: int = 8, storage: str = "auto", modulation_bytes: int = MODULATION_BYTES
     ) -> None:
-        model = as_ours(model)
-        if getattr(model, "config", None) is None:
+        ours = as_ours(model)
+        if getattr(ours, "config", None) is None:
             raise ValueError(f"model must have a config (BLIP3oDiT has one), got {type(model).__name__} without")
         for name, value in (("max_graphs", max_graphs), ("modulation_bytes", modulation_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
         self.modulation_bytes = modulation_bytes
         self._lock = threading.Lock()
-        self._network = model
-        if isinstance(model, BLIP3oDiT) and can_prepare(model):
-            self._network = prepare(model, storage=storage)
-        elif storage != "auto":
-            raise ValueError(
-                f"storage must be 'auto' where a {type(model).__name__} is not prepared here, got {storage!r}"
-            )
+        self._storage = storage
+        self._stock = None if ours is model else model  # whose layers ours has
+        self._ours = ours
+        self._network = self._prepared(ours)
         self.graphs = Graphs(self._network, max_graphs)
+
+    def _prepared(self, model: Any) -> Any:
+        if isinstance(model, BLIP3oDiT) and can_prepare(model):
+            return prepare(model, storage=self._storage)
+        if self._storage != "auto":
+            raise ValueError(
+                f"storage must be 'auto' where a {type(model).__name__} is not prepared here, got {self._storage!r}"
+            )
+        return model
+
+    def _follow(self) -> None:
+        """A stock network may have other layers or parameters than when its layers were taken."""
+        if self._stock is not None and not is_current(self._ours, self._stock):
+            self._ours = as_ours(self._stock)
+            self._network = self._prepared(self._ours)
+            self.graphs = Graphs(self._network, self.graphs.max_graphs, self.graphs.capture)
 
     @overload
     def __call__(
@@ -73,6 +86,7 @@ class Sampler:
         """Draw features for each condition: arguments, result and errors are those of `sample`."""
         made = Arguments(return_intermediates=return_intermediates, **arguments)
         with self._lock:
+            self._follow()
             result, states = draw(self._network, encoder_hidden_states, made, self.modulation_bytes, self.graphs)
         return (result, states) if return_intermediates else result
 

@@ -9,7 +9,6 @@ neither the number of processes nor the batch size nor an interruption shows in 
 
 import hashlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from torch import Tensor
 
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.reader import ConditionReader, MemoryConditions, open_conditions
+from blip3o_fast.models.adopt import as_ours
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling.arguments import Arguments, check_count, noise_levels
 from blip3o_fast.sampling.engine import Sampler
 from blip3o_fast.sampling.prepared import PreparedModel
+from blip3o_fast.sampling.progress import bar
 from blip3o_fast.sampling.ranks import Rank
 from blip3o_fast.sampling.result_shards import ResultFolder, shard_rows
 from blip3o_fast.sampling.run import device_and_dtype
@@ -66,7 +67,7 @@ def generate_from_dataset(
 ) -> Generated:
     """Sample every condition of a data set into a folder of result shards (`sampling.result_shards` has the format).
 
-    model: what `Sampler` takes, with a `state_dict`, in eval mode, on the device that is to compute.
+    model: what `Sampler` takes, with a `state_dict` (or a pipeline), in eval mode, on the device that is to compute.
     dataset: a folder that `extract` wrote, of which a batch at a time is read; the original's pickle, which is read
         whole; an `EmbeddingDataset` with raw features; or a `data.reader.ConditionReader`. split, eval_split and
         num_samples (the first so many pictures of the split) belong to the former two. The result's pictures stand in
@@ -104,6 +105,7 @@ def generate_from_dataset(
     for name, value in counts.items():
         check_count(name, value)
     Arguments(**arguments).check()
+    model = as_ours(model)
     levels = {}
     if sigmas is not None:
         levels = {"sigmas": noise_levels(Arguments(**arguments, sigmas=sigmas), model.config.prediction_type)}
@@ -111,8 +113,6 @@ def generate_from_dataset(
     arguments = {name: float(value) if name.startswith("guidance") else value for name, value in arguments.items()}
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
-    from tqdm import tqdm
-
     rank = Rank.here() if rank is None else rank
     sampler = Sampler(model, storage=storage)
     reader = _reader(dataset, split, eval_split, num_samples)
@@ -134,8 +134,8 @@ def generate_from_dataset(
     missing = [number for number in mine if not results.holds(number, rows[number])]
     total, left = (sum(rows[number] for number in numbers) for numbers in (mine, missing))
     name = "sample" if rank.world == 1 else f"sample, process 1 of {rank.world}"
-    hidden = not (progress and rank.speaks and sys.stderr.isatty())
-    with tqdm(total=total, initial=total - left, desc=name, unit="sample", smoothing=0.05, disable=hidden) as bar:
+    here = {"total": total, "initial": total - left, "smoothing": 0.05}
+    with bar(progress and rank.speaks, desc=name, unit="sample", **here) as shown:
         for number in missing:
             start = sum(rows[:number]) // num_samples_per_condition
             stop = start + rows[number] // num_samples_per_condition
@@ -144,7 +144,7 @@ def generate_from_dataset(
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 parts.append(_sample(sampler, model, reader, first, last, seed, arguments | levels))
-                bar.update(len(parts[-1]))
+                shown.update(len(parts[-1]))
             index = reader.indices[start:stop].repeat_interleave(num_samples_per_condition)
             results.write(number, torch.cat(parts), index, reader.keys[start:stop])
     there = sum(results.holds(number, count) for number, count in enumerate(rows))
@@ -202,6 +202,6 @@ def _sample(
     """Float32 [rows, T, C] on the CPU: the samples of the reader's pictures from first to last."""
     conditions = reader.read(first, last)
     device, _ = device_and_dtype(model, conditions)
-    shape = (model.config.num_tokens, model.config.in_channels)
+    shape = (model.config.sample_size**2, model.config.in_channels)
     noise = noise_of(seed, reader.indices[first:last], arguments["num_samples_per_condition"], shape)
     return sampler(conditions.to(device), noise=noise.to(device), **arguments).float().cpu()

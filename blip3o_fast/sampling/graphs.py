@@ -200,6 +200,7 @@ class Graphs:
         key = (rules.solver, rules.dtype, rules.truncate_time, *layout((x, kept)), tuple(kept.conditions))
         key = (*key, x.device, use_backend.active, use_attention.active)
         if self.reason is None:
+            self._renew()
             self.reason = self._failed.get(key)
         if self.reason is not None:
             self._say(self.reason, logging.INFO)
@@ -227,7 +228,6 @@ class Graphs:
 
     def _shape(self, key: tuple[Any, ...], rules: Rules, kept: Kept) -> Shape:
         """Found or made, with the condition of this run in it."""
-        self._renew()
         if key in self._shapes:
             self._shapes.move_to_end(key)
         else:
@@ -238,7 +238,7 @@ class Graphs:
         return self._shapes[key]
 
     def _give_up(self, key: tuple[Any, ...], error: Exception) -> None:
-        """This shape is not tried again."""
+        """This shape is not tried again until a weight moves."""
         self.reason = self._failed[key] = f"the capture failed: {type(error).__name__}: {error}"
         self._shapes.pop(key, None)
         self._say(self.reason, logging.WARNING)
@@ -290,6 +290,7 @@ class Graphs:
         )
         if weights != self._weights:
             self._shapes.clear()
+            self._failed.clear()
             self._weights = weights
 
     def _say(self, reason: str, level: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_fast.models.adopt import as_ours
 from blip3o_fast.sampling.arguments import check_count
 from blip3o_fast.sampling.sampler import sample
 
@@ -45,7 +46,6 @@ def interpolate(
     ends are what `sample` gives for a and for b.
     Raises ValueError naming the argument, what was given and what is allowed; and what `sample` raises.
     """
-    config = getattr(model, "config", None)
     for name in ("encoder_mask", "num_samples_per_condition", "return_intermediates"):
         if name in arguments:
             raise ValueError(f"{name} is no argument of interpolate; allowed are the others of sample")
@@ -53,6 +53,8 @@ def interpolate(
     conditions = conditions_between(condition_a, condition_b, at, method)
     if noise is not None and generator is not None:
         raise ValueError("noise and generator exclude each other: the generator would have nothing to draw")
+    model = as_ours(model)
+    config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"model must have a config (BLIP3oDiT has one), got {type(model).__name__} without")
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -3,7 +3,6 @@
 Which of its passes a network call is (`sampling.steps`) is decided here, by the guidance scale and its interval.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +27,7 @@ from blip3o_fast.sampling.arguments import (
     warn_of_untrained_null,
 )
 from blip3o_fast.sampling.graphs import Graphs, mapped
+from blip3o_fast.sampling.progress import bar
 from blip3o_fast.sampling.steps import (
     BOTH,
     CONDITIONAL,
@@ -60,10 +60,10 @@ def draw(
     with torch.no_grad():
         run = _prepare(model, encoder_hidden_states, arguments, modulation_bytes)
         states: list[Tensor] = []
-        with _bar(run.steps.shape[0], arguments.progress) as advance:
+        with bar(arguments.progress, total=run.steps.shape[0], desc="sampling", unit="step", leave=False) as shown:
 
             def keep(state: Tensor) -> None:
-                advance()
+                shown.update()
                 if arguments.return_intermediates:
                     states.append(state)
 
@@ -159,24 +159,6 @@ class Modulations:
                 return None
             self.first, self.made = call, made
         return self.made[call - self.first]
-
-
-class _bar:
-    """`with _bar(total, wanted) as advance`: a tqdm bar where it is wanted and stderr is a terminal, else nothing."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        self.bar: Any = None
-        if wanted and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc="sampling", unit="step", leave=False)
-
-    def __enter__(self) -> Callable[[], Any]:
-        return (lambda: None) if self.bar is None else self.bar.update
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 # ---- before the loop -------------------------------------------------------------------------------------------------

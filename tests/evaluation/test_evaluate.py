@@ -125,6 +125,11 @@ def test_given_samples_are_judged_as_if_sampled_now(folder, result, tmp_path, ca
     assert "token_cosine_unconditional" not in numbers
     assert numbers["token_cosine"] == pytest.approx(result["token_cosine"])
     assert "12 held-out pictures, guidance 2" in capsys.readouterr().out
+    absent.num_samples = 5
+    assert evaluate_checkpoint(absent)["pictures"] == 5
+    absent.num_samples = 13
+    with pytest.raises(ValueError, match=r"--num_samples 13: --samples .* holds 12 pictures"):
+        evaluate_checkpoint(absent)
 
 
 def test_a_checkpoint_is_sampled_with_its_averaged_weights(folder, tmp_path):

@@ -205,6 +205,7 @@ def test_nothing_half_written_is_left(
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
+    (tmp_path / "out" / "config.json").write_text("{}")
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export(saved[1], tmp_path / "out", to="blip3o", base=base, overwrite=True)
@@ -215,11 +216,25 @@ def test_nothing_half_written_is_left(
 def test_an_output_is_replaced_as_a_whole(saved: tuple[BLIP3oDiT, Path], base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"--output .*out exists; give another name, or --overwrite"):
         export(saved[1], tmp_path / "out", to="blip3o", base=base)
     export(saved[1], tmp_path / "out", to="blip3o", base=base, overwrite=True)
     assert not (tmp_path / "out" / "mine").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "model", "out"}
+
+
+def test_overwriting_loses_nothing_but_an_export(saved: tuple[BLIP3oDiT, Path], base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(ValueError, match=r"--output .*out holds files, and no config.json"):
+        export(saved[1], tmp_path / "out", to="blip3o", base=base, overwrite=True)
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    before = sorted(saved[1].iterdir())
+    for output in (saved[1], saved[1].parent):
+        with pytest.raises(ValueError, match=r"--output .* (holds the checkpoint .* itself|must lie outside --base)"):
+            export(saved[1], output, to="blip3o", base=base, overwrite=True)
+    assert sorted(saved[1].iterdir()) == before
 
 
 # ---- which weights --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,25 @@ def test_it_is_sample_of_every_condition(served, model, whole):
     assert results.generated.std() > 0.1
     apart = (results.generated[1:] - results.generated[:-1]).abs().amax((1, 2))
     assert bool((apart > 0.01).all())  # no sample is another one's
+
+
+def test_networks_of_diffusers_pipelines_and_patches_of_several_tokens(served, model, tmp_path):
+    """Whatever `sample` takes."""
+    from diffusers import LuminaNextDiT2DModel
+
+    sizes = {"sample_size": 4, "patch_size": 2, "in_channels": 6, "hidden_size": 32, "num_layers": 1}
+    sizes |= {"num_attention_heads": 2, "cross_attention_dim": model.normalizer.condition.in_features}
+    network = LuminaNextDiT2DModel(**sizes, num_kv_heads=2, multiple_of=32, learn_sigma=False).eval()
+    given = {"network": network, "pipeline": SimpleNamespace(transformer=network, config={})}
+    for name, one in (given | {"ours": BLIP3oDiT.from_stock(network)}).items():
+        generate_from_dataset(one, served / "embeddings", tmp_path / name, num_samples=2, num_steps=2)
+    made = contents(tmp_path / "ours")
+    assert contents(tmp_path / "network") == made and contents(tmp_path / "pipeline") == made
+    results = read_results(tmp_path / "network")
+    condition = EmbeddingDataset(served / "embeddings").conditions[results.index]
+    noise = noise_of(0, results.index, 1, (16, 6))
+    expected = sample(prepare(BLIP3oDiT.from_stock(network)), condition, noise=noise, num_steps=2)
+    assert torch.equal(results.generated, expected)
 
 
 def test_a_shard_says_what_it_is(whole):

@@ -294,7 +294,7 @@ def test_without_renewal_a_moved_weight_is_not_seen(tape, monkeypatch):
 # ---- no graph --------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_capture_is_said_once_and_not_tried_again(tape, caplog):
+def test_a_failed_capture_is_said_once_and_not_tried_again_with_these_weights(tape, caplog):
     model, condition = network(), conditions()
     sampler, mechanism = sampler_on_tape(tape, model)
     mechanism.fails = RuntimeError("out of luck")
@@ -311,6 +311,10 @@ def test_a_failed_capture_is_said_once_and_not_tried_again(tape, caplog):
     mechanism.fails = None
     sampler(condition[:1], num_steps=1)  # another shape
     assert sampler.graphs.captures == 1 and sampler.graphs.reason is None
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # the weights move
+    sampler(condition, num_steps=3, solver="ab2", generator=seeded())
+    assert sampler.graphs.captures == 3 and sampler.graphs.reason is None
 
 
 def test_a_capture_that_fails_amid_a_run(tape):

@@ -1,6 +1,7 @@
 """Between two conditions: the ends are the samples of the ends, the way is the formula's, the noise is one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_the_generator_draws_one_noise(model):
     other = interpolate(model, a, a, count=3, generator=torch.Generator().manual_seed(4), **FAST)
     assert torch.equal(ours, again) and (ours - other).abs().max() > 0.01
     assert (ours - ours[:1]).abs().max() <= 1e-5
+
+
+def test_a_pipeline_is_its_network():
+    from diffusers import LuminaNextDiT2DModel
+
+    sizes = {"sample_size": 2, "patch_size": 1, "in_channels": 8, "hidden_size": 32, "num_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_kv_heads": 2, "multiple_of": 32, "cross_attention_dim": E}
+    network = LuminaNextDiT2DModel(**sizes, learn_sigma=False).eval()
+    a, b, noise = torch.randn(L, E), torch.randn(L, E), torch.randn(4, 8)
+    pipeline = SimpleNamespace(transformer=network, config={})
+    of_pipeline, of_network = (interpolate(x, a, b, count=2, noise=noise, **FAST) for x in (pipeline, network))
+    assert torch.equal(of_pipeline, of_network)
 
 
 @pytest.mark.parametrize(

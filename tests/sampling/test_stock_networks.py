@@ -151,6 +151,39 @@ def test_a_changed_weight_of_the_network_is_noticed() -> None:
     assert (after - by_hand(network, condition, noise)).abs().max() <= 1e-4
 
 
+class Twice(nn.Module):
+    """An adapter around a layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+def test_a_layer_that_takes_the_place_of_another_is_noticed() -> None:
+    network = lumina()
+    sampler, condition, noise = Sampler(network), torch.randn(2, 5, 24), torch.randn(2, SIDE**2, CHANNELS)
+    before = sampler(condition, noise=noise, num_steps=2)
+    network.layers[0].attn1.to_v = Twice(network.layers[0].attn1.to_v)
+    after = sampler(condition, noise=noise, num_steps=2)
+    fresh = Sampler(network)(condition, noise=noise, num_steps=2)
+    assert torch.equal(after, fresh) and (after - before).abs().max() > 0.01
+    hook = network.layers[0].register_forward_hook(lambda module, args, result: result * 0)
+    with pytest.raises(ValueError, match=r"cannot be read any more: layers\.0: it has a hook"):
+        sampler(condition, noise=noise, num_steps=2)
+    hook.remove()
+    assert torch.equal(sampler(condition, noise=noise, num_steps=2), after)
+
+
+def test_the_mode_of_a_part_is_its_own() -> None:
+    network = lumina()
+    network.layers[0].attn1.to_q.train()
+    Sampler(network)
+    assert network.layers[0].attn1.to_q.training and not network.layers[0].attn1.to_k.training
+
+
 def test_what_cannot_be_read_is_refused_at_the_door() -> None:
     network = lumina()
     network.layers[1].register_forward_hook(lambda *args: None)
