@@ -38,7 +38,7 @@ _NAMES = {
     "compare": "blip3o_fast.models.compare",
     "debug_ops": "blip3o_fast.ops",
     "fuse": "blip3o_fast.models.fuse",
-    "sample": "blip3o_fast.sampling.sampler",
+    "sample": "blip3o_fast.sampling.sample",
     "unfuse": "blip3o_fast.models.fuse",
     "use_backend": "blip3o_fast.ops",
 }
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .models.fuse import fuse, unfuse
     from .models.nextdit import BLIP3oDiT
     from .ops import debug_ops, use_backend
-    from .sampling.sampler import sample
+    from .sampling.sample import sample
 
 
 def __getattr__(name: str) -> Any:

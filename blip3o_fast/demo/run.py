@@ -161,7 +161,7 @@ def compare_with_stock(model_dir: Path, embeddings: Path) -> dict[str, float]:
     from blip3o_fast.data.dataset import EmbeddingDataset
     from blip3o_fast.demo.stock import StockBLIP3o, sample_stock
     from blip3o_fast.models.nextdit import BLIP3oDiT
-    from blip3o_fast.sampling.sampler import sample
+    from blip3o_fast.sampling.sample import sample
     from blip3o_fast.timing import interleaved
 
     ours = BLIP3oDiT.from_pretrained(model_dir)

@@ -3,11 +3,11 @@
 what `blip3o-fast tune-sampler` found for a model.
 """
 
-from blip3o_fast.sampling.engine import Sampler
 from blip3o_fast.sampling.generate import generate_from_dataset
 from blip3o_fast.sampling.interpolate import interpolate
 from blip3o_fast.sampling.prepared import PreparedModel, prepare
-from blip3o_fast.sampling.sampler import sample
+from blip3o_fast.sampling.sample import sample
+from blip3o_fast.sampling.sampler import Sampler
 from blip3o_fast.sampling.settings import SamplerSettings
 
 __all__ = ["PreparedModel", "Sampler", "SamplerSettings", "generate_from_dataset", "interpolate", "prepare", "sample"]

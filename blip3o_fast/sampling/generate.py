@@ -21,12 +21,12 @@ from blip3o_fast.data.reader import ConditionReader, MemoryConditions, open_cond
 from blip3o_fast.models.adopt import as_ours
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling.arguments import Arguments, check_count, noise_levels
-from blip3o_fast.sampling.engine import Sampler
 from blip3o_fast.sampling.prepared import PreparedModel
 from blip3o_fast.sampling.progress import bar
 from blip3o_fast.sampling.ranks import Rank
 from blip3o_fast.sampling.result_shards import ResultFolder, shard_rows
 from blip3o_fast.sampling.run import device_and_dtype
+from blip3o_fast.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)

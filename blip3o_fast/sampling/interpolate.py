@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blip3o_fast.models.adopt import as_ours
 from blip3o_fast.sampling.arguments import check_count
-from blip3o_fast.sampling.sampler import sample
+from blip3o_fast.sampling.sample import sample
 
 METHODS = ("linear", "spherical")
 

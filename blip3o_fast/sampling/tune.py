@@ -20,8 +20,8 @@ from torch import Tensor
 from blip3o_fast.flow.path import MAX_SIGMA_EPSILON
 from blip3o_fast.flow.solvers import SOLVERS, evaluation_levels
 from blip3o_fast.sampling.arguments import Arguments
-from blip3o_fast.sampling.engine import Sampler
 from blip3o_fast.sampling.run import needed_passes
+from blip3o_fast.sampling.sampler import Sampler
 from blip3o_fast.sampling.settings import SamplerSettings
 from blip3o_fast.sampling.steps import BOTH
 

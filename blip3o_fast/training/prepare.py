@@ -246,7 +246,7 @@ def generation_quality(settings: TrainSettings, data: Data) -> Callable[[Any], d
 
     def measure(model: Any) -> dict[str, float]:
         from blip3o_fast.evaluation import metrics
-        from blip3o_fast.sampling.sampler import sample
+        from blip3o_fast.sampling.sample import sample
 
         device = next(model.parameters()).device
         generated = sample(

@@ -18,7 +18,7 @@ from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
 from blip3o_fast.ops._philox import normal_noise_at
-from blip3o_fast.sampling.sampler import sample
+from blip3o_fast.sampling.sample import sample
 
 E, C, TOKENS, PICTURES = 10, 6, 16, 60
 FAST = {"num_steps": 2, "eval_split": 0.2, "device": "cpu"}
