@@ -14,7 +14,7 @@ from benchmarks.model_block import as_trained
 from blip3o_fast import BLIP3oConfig, BLIP3oDiT, _ext, sample, use_backend
 from blip3o_fast.flow.solvers import SOLVERS, evaluation_levels, integrate, sigma_grid
 from blip3o_fast.models.step_modulations import step_bytes
-from blip3o_fast.sampling import PreparedModel, Sampler, engine, prepare, run
+from blip3o_fast.sampling import PreparedModel, Sampler, prepare, run, sampler
 from blip3o_fast.testing import relative_l2
 
 needs_extension = pytest.mark.skipif(_ext.C is None, reason=_ext.ERROR or "built")
@@ -272,7 +272,7 @@ def test_one_run_at_a_time(monkeypatch):
         running.pop()
         return result
 
-    monkeypatch.setattr(engine, "draw", watched)
+    monkeypatch.setattr(sampler, "draw", watched)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: sampler(condition, num_steps=1), range(8)))
     assert most == [1] * 8
