@@ -1,30 +1,27 @@
-"""The sampler that is made once: the numbers of `sample`, its memory, its threads; and the network calls of a run."""
+"""`sample` against BLIP3-o's own loop over diffusers' scheduler, and what each argument does."""
 
-import re
-import time
-from concurrent.futures import ThreadPoolExecutor
+import io
+import sys
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import blip3o_fast
-from benchmarks.model_block import as_trained
-from blip3o_fast import BLIP3oConfig, BLIP3oDiT, _ext, sample, use_backend
-from blip3o_fast.flow.solvers import SOLVERS, evaluation_levels, integrate, sigma_grid
-from blip3o_fast.models.step_modulations import step_bytes
-from blip3o_fast.sampling import PreparedModel, Sampler, prepare, run, sampler
-from blip3o_fast.testing import relative_l2
-
-needs_extension = pytest.mark.skipif(_ext.C is None, reason=_ext.ERROR or "built")
+from blip3o_fast import BLIP3oConfig, BLIP3oDiT, sample, use_backend
+from blip3o_fast.flow.path import FlowPath
+from blip3o_fast.flow.solvers import SOLVERS, integrate, sigma_grid
+from blip3o_fast.models.normalizer import FeatureNormalizers
 
 
-def network(seed: int = 0, **fields: object) -> BLIP3oDiT:
-    """A small model as training leaves it: nothing is zero."""
-    small = {"sample_size": 2, "in_channels": 8} | fields
-    model = BLIP3oDiT(BLIP3oConfig.preset("tiny", **small)).eval()
-    as_trained(model, torch.Generator().manual_seed(seed))
+def network(**overrides) -> BLIP3oDiT:
+    """The tiny preset on a 2 x 2 grid, with gates and scales away from their initial zeros."""
+    model = BLIP3oDiT(BLIP3oConfig.preset("tiny", sample_size=2, in_channels=8, **overrides)).eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.gate.normal_()
     return model
 
 
@@ -32,358 +29,329 @@ def conditions(samples: int = 3) -> Tensor:
     return torch.randn(samples, 5, 24)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def blip3o_loop(model: nn.Module, condition: Tensor, noise: Tensor, w: float, steps: int, truncate: bool) -> Tensor:
+    """The steps of BLIP3-o's `sample_images`: null half first, guidance on all channels, the scheduler of diffusers."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / steps, steps))
+    context, latents = torch.cat([torch.zeros_like(condition), condition]), noise
+    for timestep in scheduler.timesteps:
+        fed = timestep.long() if truncate else timestep
+        both = model(torch.cat([latents, latents]), fed.float().expand(2 * len(latents)), context)
+        null, conditional = both.chunk(2)
+        latents = scheduler.step(null + w * (conditional - null), timestep, latents).prev_sample
+    return latents
 
 
-# ---- the numbers of sample -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize(("guidance", "steps"), [(3.0, 30), (1.5, 7)])
+@torch.no_grad()
+def test_it_is_the_loop_of_blip3o(guidance, steps, truncate):
+    model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
+    theirs = blip3o_loop(model, condition, noise, guidance, steps, truncate)
+    ours = sample(
+        model, condition, num_steps=steps, guidance_scale=guidance, noise=noise, truncate_time=truncate,
+        sigmas=sigma_grid(steps, "blip3o"),
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    if not truncate:
+        default = sample(model, condition, num_steps=steps, guidance_scale=guidance, noise=noise)
+        torch.testing.assert_close(default, theirs, rtol=1e-5, atol=1e-5)  # levels 6e-8 apart, amplified by the network
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_it_is_sample_of_a_prepared_model(solver):
-    model, condition = network(), conditions()
-    sampler = Sampler(model)
-    for scale in (3.0, 1.0):
-        call = {"num_steps": 5, "solver": solver, "guidance_scale": scale}
-        ours = sampler(condition, generator=seeded(), **call)
-        assert torch.equal(ours, sample(prepare(model), condition, generator=seeded(), **call))
-        assert relative_l2(ours, sample(model, condition, generator=seeded(), **call)) <= 1e-5
-    result, states = sampler(condition, generator=seeded(), return_intermediates=True, **call)
-    assert torch.equal(result, ours) and len(states) == 5
+@torch.no_grad()
+def test_truncated_times_are_another_result():
+    model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
+    exact, truncated = (sample(model, condition, noise=noise, num_steps=7, truncate_time=t) for t in (False, True))
+    assert 1e-6 < (exact - truncated).abs().max() < 0.1
 
 
-def test_a_prepared_and_a_foreign_model_are_taken_as_they_are():
-    model, condition = network(), conditions()
-    prepared = prepare(model)
-    expected = sample(prepared, condition, num_steps=3, generator=seeded())
-    assert torch.equal(Sampler(prepared)(condition, num_steps=3, generator=seeded()), expected)
-
-    class Foreign(nn.Module):
-        """Called the same way, and nothing more."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.config = model, model.config
-
-        def forward(self, x_t, timestep, context):
-            return self.inner(x_t, timestep, context)
-
-    sampler = Sampler(Foreign())
-    assert relative_l2(sampler(condition, num_steps=3, generator=seeded()), expected) <= 1e-5
-    assert sampler.memory(2) > 0
+def test_defaults_are_those_of_blip3o():
+    model, condition = network(), conditions(2)
+    noise = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(5))
+    ours = sample(model, condition, generator=torch.Generator().manual_seed(5))
+    theirs = sample(model, condition, num_steps=30, guidance_scale=3.0, solver="euler", noise=noise)
+    assert torch.equal(ours, theirs)
+    assert ours.shape == (2, 4, 8) and ours.dtype == torch.float32 and not ours.requires_grad
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0, 0.0])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_modulations_made_before_change_nothing(solver, guidance):
-    """Whatever the chunk: all at once, two steps at a time, none."""
-    model, condition = network(), conditions()
-    rows = 6 if guidance == 3.0 else 3
-    budgets = (1 << 28, 2 * step_bytes(model.config, rows, torch.float32), 0)
-    runs = [
-        Sampler(model, modulation_bytes=budget)(
-            condition, num_steps=5, solver=solver, guidance_scale=guidance, generator=seeded()
+class Exact(nn.Module):
+    """A network that knows its data: its velocity is exact in the convention of its configuration."""
+
+    def __init__(self, path: FlowPath, prediction_type: str, time_convention: str, data: Tensor, noise: Tensor) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            cross_attention_dim=24,
+            sample_size=2,
+            in_channels=8,
+            time_convention=time_convention,
+            prediction_type=prediction_type,
+            schedule=path.schedule,
+            sigma_min=path.sigma_min,
+            sigma_max=path.sigma_max,
         )
-        for budget in budgets
-    ]
-    for ours in runs[:2]:
-        assert relative_l2(ours, runs[2]) <= 2e-6
+        self.path, self.data, self.noise = path, data, noise
+        self.anchor = nn.Parameter(torch.zeros((), dtype=data.dtype))
+        self.first_input: Tensor | None = None
+
+    def forward(self, x_t: Tensor, timestep: Tensor, condition: Tensor, encoder_mask: Tensor | None = None) -> Tensor:
+        if self.first_input is None:
+            self.first_input = x_t.clone()
+        sigma = 1 - timestep if self.config.time_convention == "lumina" else timestep / 1000
+        copies = len(x_t) // len(self.data)
+        data, noise = self.data.repeat(copies, 1, 1), self.noise.repeat(copies, 1, 1)
+        if self.config.prediction_type == "epsilon":
+            return noise
+        v = self.path.velocity(data, noise, sigma)
+        return -v if self.config.time_convention == "lumina" else v
 
 
-@pytest.mark.parametrize(("steps_at_once", "expected"), [(7, [7]), (3, [3, 3, 1]), (1, [1] * 7), (0, [])])
-def test_chunks_of_the_budget(monkeypatch, steps_at_once, expected):
-    model, made = network(), []
-    real = BLIP3oDiT.prepare_modulations
-    monkeypatch.setattr(
-        BLIP3oDiT, "prepare_modulations", lambda self, c, times: made.append(len(times)) or real(self, c, times)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("path", "prediction_type", "time_convention"),
+    [
+        (FlowPath(), "v_prediction", "blip3o"),
+        (FlowPath(), "v_prediction", "lumina"),
+        (FlowPath("cosine"), "v_prediction", "lumina"),
+        (FlowPath(sigma_min=1e-4, sigma_max=0.8), "v_prediction", "blip3o"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_exact_network_gives_back_the_data(path, prediction_type, time_convention, solver, guidance):
+    """Time, sign and schedule are read from the configuration; guidance between equals is no change."""
+    data, noise = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
+    model = Exact(path, prediction_type, time_convention, data, noise)
+    curved = path.schedule == "cosine"
+    ours = sample(
+        model, conditions(), noise=noise, num_steps=200 if curved else 3, solver=solver, guidance_scale=guidance
     )
-    budget = steps_at_once * step_bytes(model.config, 6, torch.float32) + 100
-    run.draw(model, conditions(), run.Arguments(num_steps=7), budget)
-    assert made == expected
+    expected = path.interpolate(data, noise, torch.tensor(0.0))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.05 if curved else 1e-5)
 
 
-def test_a_hooked_time_embedding_is_called_at_every_step():
-    model, condition, calls = network(), conditions(), []
-    expected = sample(model, condition, num_steps=4, generator=seeded())
-    model.time_caption_embed.timestep_embedder.register_forward_hook(lambda *args: None)
-    model.time_caption_embed.caption_embedder[1].register_forward_hook(lambda m, a, o: calls.append(len(o)))
-    assert relative_l2(sample(model, condition, num_steps=4, generator=seeded()), expected) <= 1e-6
-    assert calls == [6] * 4
+class Gaussian(Exact):
+    """The best network for data N(mean, deviation^2), in closed form; it knows x_t and the time only."""
+
+    mean, deviation = 1.5, 0.4
+
+    def forward(self, x_t: Tensor, timestep: Tensor, condition: Tensor, encoder_mask: Tensor | None = None) -> Tensor:
+        sigma = 1 - timestep if self.config.time_convention == "lumina" else timestep / 1000
+        alpha, s, d_alpha, d_s = (c[:, None, None] for c in self.path.coefficients(sigma))
+        centred = (x_t - alpha * self.mean) / (alpha**2 * self.deviation**2 + s**2)
+        epsilon = s * centred
+        if self.config.prediction_type == "epsilon":
+            return epsilon
+        v = d_alpha * (self.mean + alpha * self.deviation**2 * centred) + d_s * epsilon
+        return -v if self.config.time_convention == "lumina" else v
 
 
-# ---- network calls and steps -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("time_convention", ["blip3o", "lumina"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("path", [FlowPath(), FlowPath("cosine"), FlowPath(sigma_min=0.01)], ids=str)
+def test_gaussian_data(path, prediction_type, time_convention, solver):
+    """The exact flow takes noise z to mean + deviation * z (with sigma_min, the deviation includes its noise)."""
+    z = torch.linspace(-2, 2, 32).reshape(1, 4, 8)
+    model = Gaussian(path, prediction_type, time_convention, z, z)
+    steps = 300 if solver == "euler" else 100
+    ours = sample(model, conditions(1), noise=z, num_steps=steps, solver=solver, guidance_scale=1)
+    expected = model.mean + (model.deviation**2 + path.sigma_min**2) ** 0.5 * z
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
 
 
-def counted(model: nn.Module) -> list[int]:
-    rows: list[int] = []
-    model.register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    return rows
+@pytest.mark.parametrize("sigma_max", [1.0, 0.8])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_it_starts_from_the_variance_of_training(schedule, sigma_max):
+    """The network's first input is sigma_max * noise: what flow_interpolate gives at sigma = 1, not a sum of noises."""
+    noise, data = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
+    model = Exact(FlowPath(schedule, 0.0, sigma_max), "v_prediction", "blip3o", data, noise)
+    sample(model, conditions(), noise=noise, num_steps=2, guidance_scale=1.0)
+    in_training = blip3o_fast.ops.flow_interpolate(
+        data, torch.ones(3), noise=noise, schedule=schedule, sigma_max=sigma_max
+    )
+    torch.testing.assert_close(model.first_input, in_training, rtol=1e-6, atol=1e-7)
+
+
+def counted(model: nn.Module) -> list[tuple[int, ...]]:
+    calls: list[tuple[int, ...]] = []
+    model.register_forward_hook(lambda module, args, output: calls.append(tuple(output.shape)))
+    return calls
 
 
 @pytest.mark.parametrize(
-    ("interval", "solver", "scale", "rows"),
+    ("guidance", "solver", "calls", "rows"),
     [
-        # sigma = 1, 0.8, 0.6, 0.4, 0.2
-        ((1.0, 0.0), "euler", 3.0, [6, 6, 6, 6, 6]),
-        ((0.8, 0.4), "euler", 3.0, [3, 6, 6, 6, 3]),
-        ((0.79, 0.41), "euler", 3.0, [3, 3, 6, 3, 3]),
-        ((0.5, 0.5), "euler", 3.0, [3, 3, 3, 3, 3]),
-        ((0.8, 0.4), "euler", 1.0, [3, 3, 3, 3, 3]),
-        ((0.8, 0.4), "euler", 0.0, [3, 3, 3, 3, 3]),
-        ((0.8, 0.4), "ab2", 3.0, [3, 6, 6, 6, 3]),
-        ((0.8, 0.4), "heun", 3.0, [3, 6, 6, 6, 6, 6, 6, 3, 3, 3]),
-        ((0.8, 0.45), "midpoint", 3.0, [3, 3, 6, 6, 6, 6, 3, 3, 3, 3]),
+        (3.0, "euler", 4, 6),
+        (1.0, "euler", 4, 3),
+        (0.0, "euler", 4, 3),
+        (2.0, "heun", 8, 6),
+        (1, "midpoint", 8, 3),
+        (2.0, "ab2", 4, 6),
     ],
 )
-def test_only_the_interval_is_guided(interval, solver, scale, rows):
-    """Outside of it a call has the condition alone, for half the work; a bound that is a level is inside."""
+def test_network_calls(guidance, solver, calls, rows):
+    """Guidance doubles the batch, not the calls; scales 1 and 0 do not even double the batch."""
+    model = network()
+    seen = counted(model)
+    sample(model, conditions(), num_steps=4, guidance_scale=guidance, solver=solver)
+    assert seen == [(rows, 4, 8)] * calls
+
+
+def test_single_pass_scales_are_the_limits_of_two_passes():
     model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
-    start, end = interval
+    for scale in (1.0, 0.0):
+        one = sample(model, condition, noise=noise, num_steps=4, guidance_scale=scale)
+        two = sample(model, condition, noise=noise, num_steps=4, guidance_scale=scale + 1e-9)
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    null = sample(model, torch.zeros_like(condition), noise=noise, num_steps=4, guidance_scale=1.0)
+    assert torch.equal(null, one), "scale 0 ignores the condition"
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_other_solvers_are_integrate(solver):
+    model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        t = (1000 * sigma).expand(3)
-        null, conditional = model(x, t, torch.zeros_like(condition)), model(x, t, condition)
-        guided = end - 1e-6 <= float(sigma) <= start + 1e-6
-        return null + scale * (conditional - null) if guided else conditional
+        time = (1000 * sigma).expand(3)
+        null, conditional = model(x, time, torch.zeros_like(condition)), model(x, time, condition)
+        return null + 2.5 * (conditional - null)
 
     with torch.no_grad():
         expected = integrate(velocity, noise, sigma_grid(5), solver=solver)
-    seen = counted(model)
-    ours = sample(
-        model, condition, noise=noise, num_steps=5, solver=solver, guidance_scale=scale, guidance_start=start,
-        guidance_end=end,
-    )  # fmt: skip
-    assert seen == rows
+    ours = sample(model, condition, noise=noise, num_steps=5, guidance_scale=2.5, solver=solver)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    packed = Sampler(model)(
-        condition, noise=noise, num_steps=5, solver=solver, guidance_scale=scale, guidance_start=start, guidance_end=end
-    )
-    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_interval_with_masks_and_a_foreign_model():
+def test_euler_steps_through_the_op(monkeypatch):
+    calls = []
+    real = blip3o_fast.ops.ode_step
+    monkeypatch.setattr(blip3o_fast.ops, "ode_step", lambda *a: calls.append(a[2] is None) or real(*a))
+    sample(network(), conditions(), num_steps=3)
+    sample(network(), conditions(), num_steps=2, guidance_scale=1)
+    assert calls == [False, False, False, True, True]
+
+
+def test_backends_by_name_reach_the_op():
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
+        sample(network(), conditions(), num_steps=2)
+    with use_backend("reference"):
+        assert sample(network(), conditions(), num_steps=2).isfinite().all()
+
+
+def test_several_samples_per_condition():
+    """Rows i * n ... i * n + n - 1 are condition i's."""
+    model, condition, noise = network(), conditions(), torch.randn(6, 4, 8)
+    ours = sample(model, condition, num_samples_per_condition=2, noise=noise, num_steps=3)
+    assert ours.shape == (6, 4, 8)
+    each = [
+        sample(model, condition[row // 2 : row // 2 + 1], noise=noise[row : row + 1], num_steps=3) for row in range(6)
+    ]
+    torch.testing.assert_close(ours, torch.cat(each), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours[0], ours[1])
+
+
+def test_context_mask():
+    """A masked token does not count, whatever it holds; an all-true mask changes nothing."""
     model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
+    call = {"noise": noise, "num_steps": 3}
     mask = torch.ones(3, 5, dtype=torch.bool)
+    plain = sample(model, condition, **call)
+    torch.testing.assert_close(sample(model, condition, encoder_mask=mask, **call), plain, rtol=1e-4, atol=1e-5)
     mask[:, 3:] = False
+    masked = sample(model, condition, encoder_mask=mask, **call)
     other = condition.clone()
     other[:, 3:] = 100.0
-    call = {"noise": noise, "num_steps": 4, "guidance_start": 0.6, "encoder_mask": mask}
-
-    class Foreign(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.config = model, model.config
-
-        def forward(self, x_t, timestep, context, encoder_mask):
-            return self.inner(x_t, timestep, context, encoder_mask)
-
-    ours = sample(model, condition, **call)
-    torch.testing.assert_close(sample(model, other, **call), ours, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sample(Foreign(), condition, **call), ours, rtol=1e-5, atol=1e-6)
-    assert relative_l2(sample(model, condition, **(call | {"guidance_start": 1.0})), ours) > 1e-3
+    torch.testing.assert_close(sample(model, other, encoder_mask=mask, **call), masked, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(masked, plain, atol=1e-3)
+    for scale in (0.0, 1.0):
+        assert sample(model, condition, encoder_mask=mask, guidance_scale=scale, **call).isfinite().all()
+    twice = sample(model, condition[:1], encoder_mask=mask[:1], num_samples_per_condition=3, **call)
+    assert twice.shape == (3, 4, 8)
 
 
-@pytest.mark.parametrize(("solver", "passes"), [("euler", 3), ("midpoint", 6), ("heun", 9), ("ab2", 5)])
-def test_every_solver_steps_through_the_op(monkeypatch, solver, passes):
-    calls, real = [], blip3o_fast.ops.ode_step
-    monkeypatch.setattr(blip3o_fast.ops, "ode_step", lambda *args: calls.append(args[2] is None) or real(*args))
-    sample(network(), conditions(), num_steps=3, solver=solver, guidance_start=0.9)
-    assert len(calls) == passes and set(calls) == {True, False}
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_the_levels_are_those_of_integrate(solver):
-    sigmas, visited = sigma_grid(7, "shifted", shift=3.0), []
-    integrate(lambda x, sigma: visited.append(sigma) or x, torch.ones(1), sigmas, solver=solver)
-    assert torch.equal(evaluation_levels(sigmas, solver), torch.stack(visited))
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_states_are_as_exact_as_those_of_integrate(solver):
-    """Sums of steps in fp32 round no worse than the textbook's formula in fp32; the gold is the same run in fp64."""
+def test_intermediate_states():
     model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
-
-    def velocity_of(net: BLIP3oDiT, context: Tensor):
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            t, both = (1000 * sigma).expand(6), torch.cat([torch.zeros_like(context), context])
-            null, conditional = net(torch.cat([x, x]), t, both).chunk(2)
-            return null + 2.5 * (conditional - null)
-
-        return velocity
-
-    call = {"num_steps": 6, "solver": solver, "guidance_scale": 2.5}
-    with torch.no_grad():
-        textbook = integrate(velocity_of(model, condition), noise, sigma_grid(6), solver=solver)
-        ours = sample(model, condition, noise=noise, **call)
-        double = model.double()
-        levels = sigma_grid(6).double()
-        gold = integrate(velocity_of(double, condition.double()), noise.double(), levels, solver=solver)
-        wide = sample(double, condition.double(), noise=noise.double(), **call)
-    assert relative_l2(wide, gold) <= 1e-12
-    assert relative_l2(ours, gold) <= 2 * relative_l2(textbook, gold) + torch.finfo(torch.float32).eps / 4
+    for solver in SOLVERS:
+        call = {"noise": noise, "num_steps": 4, "solver": solver}
+        result, states = sample(model, condition, return_intermediates=True, **call)
+        assert len(states) == 4 and torch.equal(states[-1], result)
+        assert torch.equal(result, sample(model, condition, **call))
+        assert not torch.equal(states[0], states[1])
 
 
-# ---- noise -----------------------------------------------------------------------------------------------------------
+def test_features_come_and_go_in_raw_form():
+    """With a normaliser the caller sees raw features on both sides; the null condition is zero after normalisation."""
+    raw_condition, raw_target = 5 + 3 * torch.randn(50, 5, 24), -2 + 7 * torch.randn(50, 4, 12)
+    model, noise = network(), torch.randn(3, 4, 8)
+    model.normalizer = FeatureNormalizers.fit(raw_condition, raw_target, "pca:8")
+    ours, states = sample(model, raw_condition[:3], noise=noise, num_steps=3, return_intermediates=True)
+    normalizer, model.normalizer = model.normalizer, None
+    inside = sample(model, normalizer.condition(raw_condition[:3]), noise=noise, num_steps=3)
+    assert torch.equal(ours, normalizer.target.inverse(inside))
+    assert ours.shape == (3, 4, 12) and all(state.shape == (3, 4, 12) for state in states)
+    assert torch.equal(states[-1], ours)
+    model.normalizer = normalizer
+    assert sample(model, raw_condition[:0], num_steps=3).shape == (0, 4, 12)
 
 
-def test_a_row_draws_from_its_own_generator(monkeypatch):
-    """Its noise is the same bit for bit whatever the batch around it and wherever the row stands."""
-    model, condition = network(), conditions(4)
-    starts: list[Tensor] = []
-    real = run.Run.solve
-    monkeypatch.setattr(run.Run, "solve", lambda self, x, *args: starts.append(x) or real(self, x, *args))
-    sample(model, condition, num_steps=1, generator=[seeded(10 + i) for i in range(4)])
-    sample(model, condition[2:], num_steps=1, generator=[seeded(13), seeded(12)])
-    sample(model, condition[:1], num_steps=1, generator=(seeded(12),))
-    sample(model, condition[:1], num_steps=1, num_samples_per_condition=2, generator=[seeded(12), seeded(13)])
-    whole, swapped, alone, each = starts
-    assert torch.equal(whole[2:], swapped.flip(0)) and torch.equal(whole[2:3], alone) and torch.equal(whole[2:], each)
-    assert not torch.allclose(whole[0], whole[1])
-    assert torch.equal(alone[0], torch.randn(4, 8, generator=seeded(12)))
+def test_no_conditions_no_samples():
+    result, states = sample(network(), conditions(0), num_steps=3, return_intermediates=True)
+    assert result.shape == (0, 4, 8) and len(states) == 3
 
 
-# ---- a sampler in use ------------------------------------------------------------------------------------------------
-
-
-def test_threads_get_the_serial_results():
-    sampler = Sampler(network())
-    calls = [(conditions(1 + i % 3), {"guidance_scale": 1.0 + i % 2, "num_steps": 2 + i % 3}) for i in range(8)]
-
-    def draw(i: int) -> Tensor:
-        condition, arguments = calls[i]
-        return sampler(condition, generator=seeded(i), **arguments)
-
-    serial = [draw(i) for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(3):
-            together = list(pool.map(draw, range(8)))
-            assert all(torch.equal(a, b) for a, b in zip(serial, together, strict=True))
-
-
-def test_one_run_at_a_time(monkeypatch):
-    """What `memory` says is enough for any number of threads."""
-    sampler, condition, running, most = Sampler(network()), conditions(), [], []
-
-    def watched(*args):
-        running.append(None)
-        most.append(len(running))
-        time.sleep(0.005)
-        result = run.draw(*args)
-        running.pop()
-        return result
-
-    monkeypatch.setattr(sampler, "draw", watched)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: sampler(condition, num_steps=1), range(8)))
-    assert most == [1] * 8
-
-
-def test_it_follows_the_weights():
+def test_reproducible_by_generator():
     model, condition = network(), conditions()
-    sampler = Sampler(model)
-    before = sampler(condition, num_steps=3, generator=seeded())
-    kept = before.clone()
-    model.load_state_dict(network(1).state_dict())
-    after = sampler(condition, num_steps=3, generator=seeded())
-    assert torch.equal(before, kept)  # the caller's own
-    assert relative_l2(after, sample(model, condition, num_steps=3, generator=seeded())) <= 1e-5
-    assert relative_l2(after, before) > 1e-2
-    model.double()
-    assert sampler(condition.double(), num_steps=3, generator=seeded()).dtype == torch.float64
+    first, second, other = (
+        sample(model, condition, num_steps=2, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
+    assert torch.equal(first, second) and not torch.allclose(first, other)
+    torch.manual_seed(7)
+    unseeded = sample(model, condition, num_steps=2)
+    torch.manual_seed(7)
+    assert torch.equal(unseeded, sample(model, condition, num_steps=2))
 
 
-@needs_extension
-@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
-def test_storage_is_that_of_prepare(storage):
-    model, condition = network(), conditions()
-    sampler = Sampler(model, storage=storage)
-    expected = sample(prepare(model, storage=storage), condition, num_steps=3, generator=seeded())
-    assert torch.equal(sampler(condition, num_steps=3, generator=seeded()), expected)
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_state_is_wider_than_the_network(dtype, expected):
+    """A half-precision network is called in its dtype while the state stays fp32."""
+    model, condition, noise = network(), conditions(), torch.randn(3, 4, 8)
+    wide = sample(model, condition, noise=noise, num_steps=5)
+    seen = []
+    model.to(dtype).register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, args[2].context.dtype)))
+    ours = sample(model, condition.to(dtype), noise=noise, num_steps=5)
+    assert ours.dtype == expected and set(seen) == {(dtype, dtype)}
+    assert (ours - wide).norm() < (0.1 if dtype == torch.bfloat16 else 1e-4) * wide.norm()
 
 
-def allocated_at_the_height(function) -> int:
-    """Bytes that PyTorch had allocated at most since the call, by its profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    height = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        height = max(height, now)
-    return height
+def test_conditions_of_another_dtype_are_cast():
+    model, noise = network(), torch.randn(3, 4, 8)
+    condition = conditions().half()
+    assert torch.equal(
+        sample(model, condition, noise=noise, num_steps=2), sample(model, condition.float(), noise=noise, num_steps=2)
+    )
 
 
-@pytest.mark.parametrize(
-    ("fields", "dtype", "batch", "context", "call"),
-    [
-        ({}, torch.float32, 1, 64, {"num_steps": 4}),
-        ({}, torch.float32, 6, 64, {"num_steps": 12, "guidance_scale": 2.0}),
-        ({}, torch.float32, 6, 16, {"num_steps": 3, "guidance_scale": 1.0, "solver": "heun"}),
-        ({"context_projection": False}, torch.float32, 4, 200, {"num_steps": 3, "solver": "ab2"}),
-        ({"num_kv_heads": 1}, torch.float32, 4, 64, {"num_steps": 3, "solver": "midpoint"}),
-        ({}, torch.bfloat16, 4, 64, {"num_steps": 5}),
-        ({}, torch.float64, 4, 64, {"num_steps": 5}),  # nothing is packed
-    ],
-)
-def test_memory_is_what_is_allocated(fields, dtype, batch, context, call):
-    sizes = {"sample_size": 8, "in_channels": 64, "hidden_size": 256, "num_layers": 3, "num_attention_heads": 4}
-    model = network(**(sizes | {"cross_attention_dim": 96} | fields)).to(dtype)
-    condition = torch.randn(batch, context, 96, dtype=dtype)
-    made: list[Sampler] = []
-
-    def whole_run() -> None:
-        made.append(Sampler(model))
-        made[0](condition, **call)
-
-    height = allocated_at_the_height(whole_run)
-    stated = made[0].memory(batch, context_tokens=context, **call)
-    assert 1 / 1.1 <= stated / height <= 1.1, stated / height
+def test_the_model_is_left_as_it_was():
+    model = network().train()
+    sample(model, conditions(), num_steps=2)
+    assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_memory_of_a_budget():
-    """More steps need more modulations, up to the budget; without one, none."""
-    model = network()
-    one = step_bytes(model.config, 4, torch.float32)
-    few, many = (Sampler(model, modulation_bytes=3 * one + 1).memory(2, num_steps=s) for s in (2, 50))
-    none = Sampler(model, modulation_bytes=0).memory(2, num_steps=50)
-    assert (few - none, many - none) == (2 * one, 3 * one)
+class Terminal(io.StringIO):
+    def __init__(self, interactive: bool) -> None:
+        super().__init__()
+        self.interactive = interactive
+
+    def isatty(self) -> bool:
+        return self.interactive
 
 
-def test_a_backend_by_name_reaches_the_ops():
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
-        Sampler(network())(conditions(), num_steps=2)
-
-
-BAD = [
-    ({"model": nn.Linear(2, 2)}, "model must have a config (BLIP3oDiT has one), got Linear without"),
-    ({"storage": "int4"}, "storage must be one of auto, fp32, bf16, int8, got 'int4'"),
-    ({"modulation_bytes": -1}, "modulation_bytes must be an integer >= 0, got -1"),
-    ({"modulation_bytes": 1.5}, "modulation_bytes must be an integer >= 0, got 1.5"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
-def test_bad_samplers_are_named(change, message):
-    call = {"model": network()} | change
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Sampler(call.pop("model"), **call)
-
-
-def test_bad_calls_are_named():
-    model = network()
-    sampler = Sampler(model)
-    assert isinstance(sampler._network, PreparedModel)
-    with pytest.raises(
-        ValueError, match="storage must be 'auto' where a PreparedModel is not prepared here, got 'bf16'"
-    ):
-        Sampler(prepare(model), storage="bf16")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'guidance'"):
-        sampler(conditions(), guidance=2.0)
-    for call, message in (
-        ({"batch": 0}, "batch must be an integer >= 1, got 0"),
-        ({"batch": 1, "num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
-        ({"batch": 1, "context_tokens": 0.5}, "context_tokens must be an integer >= 1, got 0.5"),
-        ({"batch": 1, "solver": "dopri5"}, "solver must be one of"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            sampler.memory(**call)
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(("wanted", "interactive"), [(True, True), (True, False), (False, True)])
+def test_progress_only_where_it_is_wanted_and_seen(monkeypatch, wanted, interactive, solver):
+    screen = Terminal(interactive)
+    monkeypatch.setattr(sys, "stderr", screen)
+    sample(network(), conditions(), num_steps=2, progress=wanted, solver=solver)
+    assert ("sampling" in screen.getvalue()) == (wanted and interactive)
