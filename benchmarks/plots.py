@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from benchmarks.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SOFT, figure, looks, name_of, png
@@ -16,6 +17,8 @@ Row = dict[str, Any]
 PRODUCTS = "packed_linear"
 SMALL_STEP = 0.17  # inches per bar
 MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+FAMILIES = {"op": "ops", "product": "products", "model": "block and the model", "other": "other suites"}
+PANELS = 9  # of one figure, at most
 
 
 class Missing(Exception):
@@ -26,9 +29,12 @@ def timed(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == "ok" and row["median_s"] is not None]
 
 
-def is_model(suite: str) -> bool:
-    """A suite of the whole network or a block of it, in contrast to a single op's."""
-    return suite.startswith(("model_", "cpu_block", "train_step", "sample"))
+def family(suite: str) -> str:
+    """Which figure a suite belongs to: a key of FAMILIES."""
+    if suite.startswith(("model_", "cpu_block", "train_step", "sample")):
+        return "model"
+    is_op = (Path(__file__).parent / "ops" / f"{suite}.py").is_file()
+    return "product" if suite == PRODUCTS else "op" if is_op else "other"
 
 
 def labels(rows: list[Row]) -> dict[str, tuple[str, ...]]:
@@ -50,13 +56,16 @@ def label(row: Row, varying: dict[str, tuple[str, ...]]) -> str:
 
 def speedups(rows: list[Row], dtype: str, what: str) -> bytes:
     """Horizontal bars from 1 (the first provider's speed), a panel per mode, with spread and correctness."""
-    chosen = [r for r in rows if r["case"].get("dtype") == dtype and family(r["suite"]) == what]
+    chosen = [r for r in rows if str(r["case"].get("dtype")) == dtype and family(r["suite"]) == what]
     first = first_rows(chosen)
     bars = [r for r in chosen if id(r) not in first and r["status"] != "absent"]
     if not any(r["speedup"] for r in bars):
-        raise Missing(f"no {what} in {dtype} was timed beside a first provider")
+        raise Missing(f"none of the {FAMILIES[what]} in {dtype} was timed beside a first provider")
     varying, style = labels(chosen), looks(r["provider"] for r in bars)
-    modes = [mode for mode in MODES if any(r["mode"] == mode for r in bars)]
+    modes = [
+        mode for mode in dict.fromkeys([*MODES, *(r["mode"] for r in bars)]) if any(r["mode"] == mode for r in bars)
+    ]
+    baseline = "eager" if all(r["provider"] == "eager" for r in chosen if id(r) in first) else "the first provider"
     cases = list(dict.fromkeys(label(r, varying) for r in bars))
     slots = {case: list(dict.fromkeys(r["provider"] for r in bars if label(r, varying) == case)) for case in cases}
     place, at = {}, 0.0
@@ -73,18 +82,14 @@ def speedups(rows: list[Row], dtype: str, what: str) -> bytes:
     )
     for cell, mode in zip(axes[0], modes, strict=True):
         _speedup_panel(cell, [r for r in bars if r["mode"] == mode], varying, place, style)
-        cell.set_title(MODES[mode], fontsize=9.5)
-        cell.set_xlabel("times faster than eager (logarithmic)")
+        cell.set_title(MODES.get(mode, mode), fontsize=9.5)
+        cell.set_xlabel(f"times faster than {baseline} (logarithmic)")
     middles = [sum(place[case, p] for p in slots[case]) / len(slots[case]) for case in cases]
     axes[0, 0].set_yticks(middles, cases, fontsize=8)
     axes[0, 0].set_ylim(at - 0.9, -1.5)
     _legend(made, style)
-    made.suptitle(f"How much faster than eager are the {what}s in {dtype}?", fontsize=12)
+    made.suptitle(f"How much faster than {baseline} are the {FAMILIES[what]} in {dtype}?", fontsize=12)
     return png(made)
-
-
-def family(suite: str) -> str:
-    return "product" if suite == PRODUCTS else "model" if is_model(suite) else "op"
 
 
 def _speedup_panel(cell: Any, bars: list[Row], varying: Any, place: Any, style: Any) -> None:
@@ -126,32 +131,33 @@ def _legend(made: Any, style: Any) -> None:
     made.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8.5)
 
 
-def _per_item(rows: list[Row]) -> Iterator[tuple[tuple[str, str, str], dict[str, list[Row]]]]:
-    """(suite, mode, dtype) -> provider -> rows by batch (its first variant), where there are two batches or more."""
-    groups: dict[tuple[str, str, str], dict[str, dict[int, Row]]] = {}
+def _per_item(rows: list[Row]) -> Iterator[tuple[str, dict[str, list[Row]]]]:
+    """Title -> provider -> rows by batch, of cases that differ in the batch alone, where there are two or more."""
+    groups: dict[tuple[str, ...], dict[str, dict[int, Row]]] = {}
+    varying = labels(rows)
     for row in timed(rows):
-        batch = row["case"].get("batch")
-        if isinstance(batch, int):
-            key = (row["suite"], row["mode"], str(row["case"].get("dtype")))
-            groups.setdefault(key, {}).setdefault(row["provider"], {}).setdefault(batch, row)
+        rest = tuple(f"{k} {row['case'].get(k)}" for k in varying[row["suite"]] if k != "batch")
+        if isinstance(row["case"].get("batch"), int):
+            mode = MODES.get(row["mode"], row["mode"])
+            key = (row["suite"], mode, str(row["case"].get("dtype")), *rest)
+            groups.setdefault(key, {}).setdefault(row["provider"], {})[row["case"]["batch"]] = row
     for key, providers in groups.items():
         lines = {name: [at[b] for b in sorted(at)] for name, at in providers.items() if len(at) > 1}
         if lines:
-            yield key, lines
+            yield ", ".join(key), lines
 
 
 def scaling(rows: list[Row]) -> bytes:
-    """Time per item of the batch over the batch, a panel per suite, mode and dtype."""
-    panels = dict(_per_item(rows))
+    """Time per item of the batch over the batch, a panel per suite, mode and dtype; the models', else the ops'."""
+    panels = dict(_per_item([r for r in rows if family(r["suite"]) == "model"])) or dict(_per_item(rows))
     if not panels:
         raise Missing("no suite was timed at two batch sizes")
-    models = {key: lines for key, lines in panels.items() if is_model(key[0])}
-    shown = dict(list((models or panels).items())[:6])
+    shown = dict(list(panels.items())[:PANELS])
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     height = -(-len(shown) // columns)
     made, axes = figure(3.7 * columns + 0.4, 3.0 * height + 1.0, height, columns)
     style = looks(name for lines in shown.values() for name in lines)
-    for cell, ((suite, mode, dtype), lines) in zip(axes.flat, shown.items(), strict=False):
+    for cell, (title, lines) in zip(axes.flat, shown.items(), strict=False):
         for name, points in lines.items():
             color, _, marker = style[name]
             at = [r["case"]["batch"] for r in points]
@@ -162,7 +168,7 @@ def scaling(rows: list[Row]) -> bytes:
             cell.plot(at, each[0], color=color, marker=marker, ms=6, markeredgecolor=BLACK, markeredgewidth=0.5)
             cell.fill_between(at, each[1], each[2], color=color, alpha=0.25, lw=0)
         _plain_log(cell, sorted({r["case"]["batch"] for points in lines.values() for r in points}))
-        cell.set_title(f"{suite}, {MODES.get(mode, mode)}, {dtype}", fontsize=9)
+        cell.set_title(title, fontsize=9)
         cell.set(xlabel="batch", ylabel="ms per item")
         cell.set_ylim(bottom=0)
         cell.grid(color="#E2E2E2", lw=0.6)

@@ -15,7 +15,7 @@ from benchmarks.rows import Recorded, choose
 NEEDS_MATPLOTLIB = 'the figures need matplotlib: pip install -e ".[bench]" (or ".[report]")'
 _SPEED = (
     "The median of the ratios within a round; the black line is the 20th to the 80th percentile. A bar to the right of "
-    "1 is faster than stock diffusers' own sequence in the same dtype, one to the left is slower. Beside each bar: its "
+    "1 is faster than the first provider (eager: stock diffusers' own sequence in the same dtype). Beside each bar its "
     "worst relative L2 error against fp64 in this run and the verdict; what is FAILED has no bar."
 )
 _ROOF = (
@@ -51,7 +51,7 @@ def _wanted(run: Recorded) -> dict[str, tuple[str, str, Callable[[], bytes]]]:
     rows, found = run.rows, {}
     families = dict.fromkeys((plots.family(r["suite"]), str(r["case"].get("dtype"))) for r in rows)
     for what, dtype in families:
-        title = f"How much faster than eager are the {what}s in {dtype}?"
+        title = f"How much faster are the {plots.FAMILIES[what]} in {dtype}?"
         found[f"speedup-{what}-{dtype}"] = (title, _SPEED, lambda w=what, d=dtype: plots.speedups(rows, d, w))
     return found | {
         "roofline": ("How close to the ceilings does each op come?", _ROOF, lambda: plots.roofline(rows, run.limits)),

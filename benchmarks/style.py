@@ -22,6 +22,8 @@ KNOWN = {
     "bf16": (GREEN, "oo", "X"),
     "int8": (YELLOW, "**", "*"),
 }
+# The same thing under another suite's name.
+SAME = {"compile, frozen": "frozen", **{f"Sampler, {storage}": storage for storage in ("fp32", "bf16", "int8")}}
 SPARE = [(c, h, m) for h, m in (("++", "p"), ("||", "h"), ("OO", "d")) for c in (PINK, SKY, ORANGE, GREEN)]
 # What a reader calls them.
 NAMES = {
@@ -41,10 +43,13 @@ def name_of(provider: str) -> str:
 
 
 def looks(providers: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """(colour, hatch, marker) of each provider, the same in every figure of a report."""
+    """(colour, hatch, marker) of each provider; those of KNOWN look the same in every figure."""
     given = list(dict.fromkeys(providers))
-    strangers = [name for name in given if name not in KNOWN]
-    return {name: KNOWN.get(name) or SPARE[strangers.index(name) % len(SPARE)] for name in given}
+    strangers = [name for name in given if SAME.get(name, name) not in KNOWN]
+    return {
+        name: SPARE[strangers.index(name) % len(SPARE)] if name in strangers else KNOWN[SAME.get(name, name)]
+        for name in given
+    }
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:

@@ -198,6 +198,9 @@ def test_scaling_is_per_item_and_memory_reads_what_rows_say(monkeypatch):
     plots.scaling([*pair(), *[r | {"median_s": 2 * r["median_s"]} for r in pair(batch=4)]])
     ours = made[0].axes[0].lines[1]
     assert list(ours.get_xdata()) == [1, 4] and list(ours.get_ydata()) == pytest.approx([1.0, 0.5])
+    sizes = [*pair(suite="model_forward", size="a"), *pair(suite="model_forward", size="b", batch=4)]
+    with pytest.raises(plots.Missing):  # two batches, but not of the same work
+        plots.scaling(sizes)
     assert plots.megabytes(row() | {"detail": "saves 11.6 MB"}) == ("saved", 11.6)
     assert plots.megabytes(row() | {"detail": "cpu, peak 1.5 GB"}) == ("peak", 1500)
     assert plots.megabytes(row() | {"peak_bytes": 3_000_000}) == ("peak", 3)
@@ -212,6 +215,15 @@ def test_every_provider_has_a_look_of_its_own_without_colour():
     strangers = style.looks(["eager", "ours", *(f"peer{i}" for i in range(6))])
     assert len(set(strangers.values())) == len(strangers)
     assert len(set(plots._shapes(16))) == 16
+
+
+def test_a_mode_or_suite_that_the_figures_do_not_know_is_drawn_all_the_same(monkeypatch):
+    made = []
+    monkeypatch.setattr(plots, "png", made.append)
+    given = [row("data", "plain", "whole", speedup=1.0, dtype=None), row("data", "reader", "whole", dtype=None)]
+    plots.speedups(given, "None", "other")
+    (axes,) = made[0].axes
+    assert axes.get_title() == "whole" and axes.get_xlabel().startswith("times faster than the first provider")
 
 
 # ---- the live table ------------------------------------------------------------------------------------------------
