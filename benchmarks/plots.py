@@ -110,7 +110,7 @@ def _speedup_panel(cell: Any, bars: list[Row], varying: Any, place: Any, style: 
             cell.plot([row["speedup_p20"], row["speedup_p80"]], [y, y], color=BLACK, lw=1.4, marker="|", ms=4)
         error = worst_error(row)
         verdict = "ok" if row["inexact"] is None else "inexact"
-        verdict = verdict if row["status"] == "ok" else row["status"]
+        verdict = verdict if row["status"] == "ok" else f"{row['status']}: {name_of(row['provider'])}"  # it has no bar
         median, off = f"{ratio:.2f}" if ratio else "", "" if error is None else f"{error:.0e}"
         wrong = row["status"] != "ok"
         beside(

@@ -108,11 +108,14 @@ def _table(run: Recorded) -> Iterator[str]:
 
 
 def _figures(report: Report) -> Iterator[str]:
+    seen: set[str] = set()
     for name, (title, caption, _) in _wanted(report.run).items():
         if name not in report.figures:
             continue
         data = base64.b64encode(report.figures[name]).decode()
-        yield f"<section><h2>{html.escape(title)}</h2><p>{html.escape(caption)}</p>"
+        said = "Read as above." if caption in seen else caption
+        seen.add(caption)
+        yield f"<section><h2>{html.escape(title)}</h2><p>{html.escape(said)}</p>"
         yield f"<img alt='{html.escape(title)}' src='data:image/png;base64,{data}'></section>"
     if report.left_out:
         items = "".join(f"<li>{html.escape(n)}: {html.escape(why)}</li>" for n, why in report.left_out.items())

@@ -188,7 +188,7 @@ def test_bars_show_the_right_numbers(monkeypatch):
     spread = next(line for line in forward.lines if len(set(line.get_ydata())) == 1)
     assert list(spread.get_xdata()) == pytest.approx([1.8, 2.2])
     texts = [text.get_text().split() for text in forward.texts]
-    assert texts == [["median", "error", "correct"], ["2.00", "1e-07", "ok"], ["1e-07", "FAILED"]]
+    assert texts == [["median", "error", "correct"], ["2.00", "1e-07", "ok"], ["1e-07", "FAILED:", "peer"]]
     assert both.get_title() == "forward + backward" and len(both.patches) == 1
 
 
