@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cpu_goals import IN_A_BLOCK, ROWS, Rows
-from benchmarks.plots import PRODUCTS, Missing, Row
+from benchmarks.plots import PRODUCTS, Missing, Row, columns_of
 from benchmarks.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, figure, png
 
 NAMES_OF_PRODUCTS = {"qkqv": "q, k, v and the second q", "gate_up": "gate and up", "down": "down", "out": "out"}
@@ -103,4 +103,6 @@ def _legend(made: Any, names: list[str]) -> None:
         Patch(facecolor=LOOKS[n][0], hatch=LOOKS[n][1], edgecolor=BLACK, linewidth=0.5, label=n) for n in names
     ]
     handles.append(Line2D([], [], color=BLACK, lw=2.4, marker="", label="the whole block, measured"))
-    made.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    made.legend(
+        handles=handles, loc="outside lower center", ncols=columns_of(made, handles), frameon=False, fontsize=8.5
+    )

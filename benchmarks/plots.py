@@ -122,13 +122,21 @@ def _speedup_panel(cell: Any, bars: list[Row], varying: Any, place: Any, style: 
     cell.xaxis.set_minor_formatter(NullFormatter())
 
 
+def columns_of(made: Any, handles: list[Any]) -> int:
+    """As many as fit beside one another, of the longest name."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    return max(1, min(len(handles), int(made.get_figwidth() / (0.75 + 0.075 * longest))))
+
+
 def _legend(made: Any, style: Any) -> None:
     from matplotlib.patches import Patch
 
     handles = [
         Patch(facecolor=c, hatch=h, edgecolor=BLACK, linewidth=0.5, label=name_of(n)) for n, (c, h, _) in style.items()
     ]
-    made.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8.5)
+    made.legend(
+        handles=handles, loc="outside lower center", ncols=columns_of(made, handles), frameon=False, fontsize=8.5
+    )
 
 
 def _per_item(rows: list[Row]) -> Iterator[tuple[str, dict[str, list[Row]]]]:
@@ -192,7 +200,9 @@ def _line_legend(made: Any, style: Any) -> None:
         Line2D([], [], color=c, marker=m, markeredgecolor=BLACK, markeredgewidth=0.5, label=name_of(n))
         for n, (c, _, m) in style.items()
     ]
-    made.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=8.5)
+    made.legend(
+        handles=handles, loc="outside lower center", ncols=columns_of(made, handles), frameon=False, fontsize=8.5
+    )
 
 
 def megabytes(row: Row) -> tuple[str, float] | None:
@@ -312,4 +322,6 @@ def _shape_legend(made: Any, markers: Any) -> None:
     options: dict[str, Any] = {"ls": "", "markeredgewidth": 0.6, "ms": 7}
     handles = [Line2D([], [], marker=m, mfc=c, mec=BLACK, label=s, **options) for s, (m, c) in markers.items()]
     handles.append(Line2D([], [], marker="o", mfc="white", mec=GREY, label="hollow: eager, same op", **options))
-    made.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    made.legend(
+        handles=handles, loc="outside lower center", ncols=columns_of(made, handles), frameon=False, fontsize=8.5
+    )
