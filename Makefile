@@ -14,7 +14,7 @@ PYTEST := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m py
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard scripts/*.sh) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type docs bench bench-cpu memory-report sass-report launch-report gpu-check tune sanitize clean
+.PHONY: help setup demo test test-all lint type docs bench bench-cpu readme-table memory-report sass-report launch-report gpu-check tune sanitize clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -48,6 +48,9 @@ bench: .venv/.stamp  ## time what exists against eager and torch.compile, with c
 
 bench-cpu: .venv/.stamp  ## the CPU engine: products, ops, a block and its training beside their peers, and its goals
 	@$(PYTHON) -m benchmarks --set cpu $(FLAGS)
+
+readme-table: .venv/.stamp  ## rewrite the README's table of times from the committed result file that it names
+	@$(PYTHON) -m benchmarks.readme_table $(FLAGS)
 
 memory-report: .venv/.stamp  ## peak memory and time of a full forward on a CPU, per way of storing the weights
 	@$(PYTHON) -m benchmarks.model_memory $(FLAGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MACHINERY = {
     *("__main__", "cases", "goals", "gpu_rows", "gpu_timing", "harness"),
+    *("breakdown", "live", "plots", "readme_table", "report", "style"),
     *("cpu_goals", "machine", "model_memory", "plugin", "rows", "sampling_run", "storage_quality", "table", "work"),
 }
 QUICK = ("rms_norm_modulate", "model_block")  # under 5 minutes on two cores, without the cases marked `full`
@@ -43,14 +44,14 @@ def describe(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time providers of the same work in turns, with their correctness in the same run.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--set", choices=("quick", "cpu", "full"), help="quick (the default), cpu or full")
+    parser.add_argument("--set", choices=(*SETS, "full"), help="quick (the default), cpu or full")
     parser.add_argument("--op", action="append", metavar="NAME", help="only this file (may be repeated)")
     parser.add_argument("--file", action="append", metavar="PATH", type=Path, help="a benchmark file of your own")
     parser.add_argument("--list", action="store_true", help="show the files and what they measure")
@@ -61,7 +62,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="timed seconds per provider and mode (1)")
     parser.add_argument("--check-only", action="store_true", help="correctness without times")
     parser.add_argument("--results", type=Path, help="folder of the JSONL rows (benchmarks/results)")
-    parser.add_argument("--no-save", action="store_true", help="write no rows")
+    parser.add_argument("--no-save", action="store_true", help="write no rows, and so no report")
+    parser.add_argument("--no-report", action="store_true", help="write no page and no figures at the end")
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = make_parser()
     own, rest = arguments, []
     if "--" in arguments:
         own, rest = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
@@ -101,7 +108,7 @@ def main(arguments: list[str]) -> int:
         import pytest
         import pytest_benchmark  # noqa: F401  (only to say which package is missing)
     except ImportError as error:
-        print(f'benchmarks need pytest-benchmark: pip install -e ".[dev]" ({error})', file=sys.stderr)
+        print(f'benchmarks need pytest-benchmark: pip install -e ".[bench]" ({error})', file=sys.stderr)
         return 2
     if options.isa == "avx2":
         assert "torch" not in sys.modules, "the libraries have read these variables already"
@@ -132,6 +139,7 @@ def main(arguments: list[str]) -> int:
     command += [] if options.threads is None else [f"--bench-threads={options.threads}"]
     command += [] if options.results is None else [f"--bench-results={options.results}"]
     command += ["--bench-no-save"] if options.no_save or options.check_only else []
+    command += ["--bench-no-report"] if options.no_report else []
     command += [] if options.set == "full" else ["-m", "not full"]
     return int(pytest.main([*command, *options.pytest]))
 

@@ -88,7 +88,7 @@ _AVX2 = [
 ]
 _TRAINING = {"avx2": 1.1, "avx512": 2.0}
 # How often a block calls each op; swiglu is part of a product there.
-_IN_A_BLOCK = {"rms_norm_modulate": 2, "qk_norm_rope": 1, "dual_attention": 1, "gated_residual_modulate": 2}
+IN_A_BLOCK = {"rms_norm_modulate": 2, "qk_norm_rope": 1, "dual_attention": 1, "gated_residual_modulate": 2}
 
 
 def goals(rows: Iterable[dict[str, Any]], limits: dict[str, Any], isa: str | None) -> list[Goal]:
@@ -122,7 +122,7 @@ def _op_goals(found: Rows) -> Iterator[Goal]:
         yield Goal(f"{suite}, {dtype}, batch {batch}, {mode}: over eager", 2.0, ratio)
     for batch in (1, 4):
         block = found.find("cpu_block", "fp32", dtype="float32", batch=batch)
-        parts = [(n, found.find(op, "ours", dtype="float32", batch=batch)) for op, n in _IN_A_BLOCK.items()]
+        parts = [(n, found.find(op, "ours", dtype="float32", batch=batch)) for op, n in IN_A_BLOCK.items()]
         share = None
         if block is not None and all(part is not None for _, part in parts):
             share = sum(n * part["median_s"] for n, part in parts if part is not None) / block["median_s"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_timing import Clock, Replay, capture, prepared, written
-from benchmarks.harness import _why_absent
+from benchmarks.harness import broken
 from benchmarks.work import Absent, Inputs, Values, Work
 
 # Calls in one graph, for the time of a call among others: no gap of a graph's start in it, inputs in the cache.
@@ -38,7 +38,7 @@ def measure(
                 replay = capture(prepared(provider, inputs, mode), clock.device)
                 got = written(replay, inputs)
             except Exception as error:  # a provider that breaks is a row of the result, not the end of the run
-                row |= _broken(error)
+                row |= broken(error)
                 continue
             if name == next(iter(work.providers)):
                 baseline |= got
@@ -52,15 +52,6 @@ def measure(
             row = rows[mode, name]
             row |= _figures(made, name, work, mode, copy_gbps)
             yield row
-
-
-def _broken(error: Exception) -> dict[str, Any]:
-    reason = _why_absent(error)
-    first_line = (str(error).strip() or "no message").splitlines()[0]
-    return {
-        "status": "error" if reason is None else "absent",
-        "reason": reason or f"{type(error).__name__}: {first_line}",
-    }
 
 
 def _check(work: Work, name: str, got: Values, baseline: Values, gold: Values, row: dict[str, Any]) -> None:

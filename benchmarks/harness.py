@@ -58,12 +58,7 @@ def _check(work: Work, mode: str, inputs: Inputs, gold: Values) -> Iterator[tupl
             try:
                 got = values(provider, inputs, gradients=mode != "forward")
             except Exception as error:  # a peer that breaks is a row of the result, not the end of the run
-                reason = _why_absent(error)
-                first_line = (str(error).strip() or "no message").splitlines()[0]
-                row |= {
-                    "status": "error" if reason is None else "absent",
-                    "reason": reason or f"{type(error).__name__}: {first_line}",
-                }
+                row |= broken(error)
             else:
                 row["first_call_s"] = time.perf_counter() - start
                 baseline = got if baseline is None else baseline
@@ -77,21 +72,48 @@ def _check(work: Work, mode: str, inputs: Inputs, gold: Values) -> Iterator[tupl
         yield name, row
 
 
+class Broke(Exception):
+    """A provider that gave right values broke while it was timed; __cause__ says how."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(provider)
+        self.provider = provider
+
+
+def broken(error: BaseException) -> dict[str, Any]:
+    """Status and reason of a row whose provider raised: broken, or absent where the machine lacks a tool."""
+    reason = _why_absent(error)
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return {
+        "status": "error" if reason is None else "absent",
+        "reason": reason or f"{type(error).__name__}: {first_line}",
+    }
+
+
 def _runners(
-    provider: Callable[..., Any], mode: str, pool: list[Inputs]
+    name: str, provider: Callable[..., Any], mode: str, pool: list[Inputs]
 ) -> tuple[Callable[..., Any], Callable[[], Any] | None]:
     """(what is timed, what is prepared before it or None), going round the pool."""
     turn = itertools.cycle(pool)
 
     def forward() -> Any:
-        return provider(*next(turn).args)
+        try:  # costs nothing where nothing is raised
+            return provider(*next(turn).args)
+        except Exception as error:
+            raise Broke(name) from error
 
     def prepare() -> tuple[Any, Inputs]:
         inputs = next(turn)
-        return provider(*inputs.args), inputs
+        try:
+            return provider(*inputs.args), inputs
+        except Exception as error:
+            raise Broke(name) from error
 
     def backward(state: tuple[Any, Inputs]) -> tuple[Tensor, ...]:
-        return gradients_of(*state)
+        try:
+            return gradients_of(*state)
+        except Exception as error:
+            raise Broke(name) from error
 
     if mode == "forward":
         return forward, None
@@ -105,7 +127,7 @@ def _time(
     for name in names:
         provider = work.providers[name]
         assert not isinstance(provider, Absent)
-        runs[name], preparation = _runners(provider, mode, pool)
+        runs[name], preparation = _runners(name, provider, mode, pool)
         if preparation is not None:
             prepare[name] = preparation
     on_gpu = next(iter(pool[0].wrt.values())).is_cuda
@@ -156,16 +178,22 @@ def measure(
         if gradients not in checked:
             progress(f"{work.label} {mode}: correctness (and compilation)")
             checked[gradients] = dict(_check(work, mode, pool[0], gold))
-        names = [name for name, row in checked[gradients].items() if row["status"] == "ok"]
+        checks = dict(checked[gradients])
+        names = [name for name, row in checks.items() if row["status"] == "ok"]
         timings: dict[str, Timing] = {}
-        if settings.timed and names:
+        while settings.timed and names and not timings:
             progress(f"{work.label} {mode}: {', '.join(names)} in turns")
             if ceilings is not None:
                 ceilings.copy()
-            timings = _time(work, mode, names, pool, settings, ceilings)
+            try:
+                timings = _time(work, mode, names, pool, settings, ceilings)
+            except Broke as broke:  # the others take their turns again, without it
+                assert broke.__cause__ is not None
+                checks[broke.provider] = checks[broke.provider] | broken(broke.__cause__)
+                names.remove(broke.provider)
         baseline = timings.get(next(iter(work.providers)))
         rows = []
-        for name, check in checked[gradients].items():
+        for name, check in checks.items():
             row: dict[str, Any] = {"suite": work.suite, "case": work.case, "mode": mode, "provider": name}
             row |= {"detail": work.details.get(name), **check, "inputs_in_rotation": len(pool)}
             row |= {"bytes": work.bytes_moved.get(mode), "flops": work.flops.get(mode)}

@@ -9,7 +9,6 @@ comparison with saved runs all work on interleaved samples.
 import copy
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu_goals, machine, table
+from benchmarks import cpu_goals, live, machine, table
 from benchmarks.harness import Settings, measure
-from benchmarks.rows import Writer
+from benchmarks.rows import Recorded, Writer
 from benchmarks.work import Work
 from blip3o_fast.ops import use_isa
 from blip3o_fast.timing import Timing
@@ -43,7 +42,8 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.limits: dict[str, Any] | None = None
         self.writer: Writer | None = None
-        self.cases, self.done, self.started = 0, 0, time.monotonic()
+        self.live: live.Live | None = None
+        self.cases, self.done = 0, 0
         if not config.getoption("bench_no_save"):
             now, dirty = datetime.now(UTC), "-dirty" if self.stamp["dirty"] else ""
             folder = Path(config.getoption("bench_results")) / machine.slug(self.stamp)
@@ -56,6 +56,8 @@ class Run:
         if self.writer is not None:
             for row in rows:
                 self.writer.append("time", row)
+        if self.live is not None:
+            self.live.add(rows)
 
     def finish(self) -> None:
         """Also after Ctrl-C: the ceilings, as good as the probes so far make them, close the run."""
@@ -64,16 +66,36 @@ class Run:
             if self.writer is not None:
                 self.writer.append("ceilings", self.limits)
 
+    def watch(self) -> None:
+        """From the first case on: a growing table where somebody watches."""
+        self.live = live.watch()
+
+    def unwatch(self) -> None:
+        if self.live is not None:
+            self.live.close()
+            self.live = None
+
     def progress(self, text: str) -> None:
-        """A line that the next one overwrites; nothing where nobody watches."""
-        if sys.stdout.isatty():
-            elapsed = time.monotonic() - self.started
-            sys.stdout.write(f"\r\033[K[{self.done + 1}/{self.cases}, {elapsed:.0f} s] {text}"[:150])
-            sys.stdout.flush()
+        """What is happening now; nothing where nobody watches."""
+        if self.live is not None:
+            self.live.progress(f"[{self.done + 1}/{self.cases}] {text}")
+
+    def report(self) -> str:
+        """Write the figures and the page beside the rows; the path, or why there is none."""
+        from benchmarks import report
+
+        assert self.writer is not None
+        recorded = Recorded({"run": self.writer.run, **self.stamp}, self.rows, self.limits or {})
+        try:
+            made = report.make(recorded, self.writer.path)
+            path = report.write(made, report.folder_of(self.writer.path, recorded))
+        except ModuleNotFoundError as error:
+            return f"no report: {report.NEEDS_MATPLOTLIB} ({error})"
+        left_out = [f"\n        left out: {name}: {why}" for name, why in made.left_out.items()]
+        return f"report: {os.path.relpath(path)}" + "".join(left_out)
 
     def say(self, line: str) -> None:
-        clear = "\r\033[K" if sys.stdout.isatty() else ""
-        print(f"{clear}{line}", flush=True)
+        print(line, flush=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,6 +105,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-threads", type=int, help="threads of PyTorch; its default otherwise")
     group.addoption("--bench-results", default=str(RESULTS), help="folder of the JSONL rows")
     group.addoption("--bench-no-save", action="store_true", help="write no rows")
+    group.addoption("--bench-no-report", action="store_true", help="write no page and no figures at the end")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,6 +117,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     run.cases = len(session.items)
     for line in table.header(run.stamp):
         run.say(line)
+    run.watch()
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -102,23 +126,33 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[KEY]
+    run.unwatch()
     run.finish()
     if run.limits is not None and table.impossible(run.rows, run.limits) and session.exitstatus == 0:
         session.exitstatus = 1
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
     run = terminalreporter.config.stash[KEY]
     run.finish()
+    interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
     if not run.rows:
+        if interrupted:
+            run.say("interrupted before anything was measured")
         return
     for line in table.lines(run.rows, run.limits or {}, colour=sys.stdout.isatty()):
         run.say(line)
     for line in cpu_goals.lines(run.rows, run.limits or {}, run.stamp["isa"]):
         run.say(line)
-    if run.writer is not None:
-        run.say(f"\nrows: {os.path.relpath(run.writer.path)}")
+    if run.writer is None:
+        return
+    path = os.path.relpath(run.writer.path)
+    run.say(f"\nrows: {path}")
+    if interrupted:
+        run.say(f"interrupted: the {len(run.rows)} rows measured so far are there; python -m benchmarks.report {path}")
+    elif not terminalreporter.config.getoption("bench_no_report"):
+        run.say(run.report())
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -165,7 +199,8 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable
         for rows, timings in measure(work, _settings(benchmark), run.ceilings, run.progress):
             run.add(rows)
             _record(benchmark, work, rows[0]["mode"], timings)
-            run.say(table.progress_line(rows))
+            if run.live is None:
+                run.say(table.progress_line(rows))
             bad += [row for row in rows if row["status"] in ("FAILED", "error")]
         if bad:
             sentences = [f"{r['mode']} {r['provider']} {r['status']}: {r['reason']}" for r in bad]

@@ -6,6 +6,7 @@ as it is measured, and one `ceilings` row at the end. A run that was interrupted
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,44 @@ def load(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: row of schema {schema!r}, this version reads schema {SCHEMA}")
         rows.append(row)
     return rows
+
+
+@dataclass
+class Recorded:
+    """One run of a file: its machine, its timed rows in order, its ceilings ({} where it was cut short)."""
+
+    machine: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    limits: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.machine["run"])
+
+
+def recorded(path: Path) -> list[Recorded]:
+    """The runs of a file, oldest first. ValueError as of `load`, and where a row belongs to no run."""
+    runs: dict[str, Recorded] = {}
+    for row in load(path):
+        if row["kind"] == "machine":
+            runs[row["run"]] = Recorded(row)
+        elif row["run"] not in runs:
+            raise ValueError(f"{path}: a row of run {row['run']} stands before that run's machine")
+        elif row["kind"] == "ceilings":
+            runs[row["run"]].limits = row
+        elif row["kind"] == "time":
+            runs[row["run"]].rows.append(row)
+    if not runs:
+        raise ValueError(f"{path}: holds no run")
+    return list(runs.values())
+
+
+def choose(path: Path, *, run: str | None = None, isa: str | None = None) -> Recorded:
+    """The last run of a file, or the last of that name or instruction set; ValueError lists those that there are."""
+    runs = recorded(path)
+    fitting = [r for r in runs if run in (None, r.name) and isa in (None, r.machine.get("isa"))]
+    if not fitting:
+        wanted = " and ".join(f"{name} {value!r}" for name, value in (("run", run), ("isa", isa)) if value is not None)
+        there = ", ".join(f"{r.name} (isa {r.machine.get('isa')})" for r in runs)
+        raise ValueError(f"{path}: no run with {wanted}; there are: {there}")
+    return fitting[-1]

@@ -107,10 +107,16 @@ def progress_line(rows: list[dict[str, Any]]) -> str:
     return f"{rows[0]['suite']} {case} {rows[0]['mode']}: {', '.join(parts)}"
 
 
-def _cells(row: dict[str, Any], limits: dict[str, Any], first: bool) -> list[str]:
+def worst_error(row: dict[str, Any]) -> float | None:
+    """The largest relative L2 distance to the gold among the row's values; None where there is no number."""
+    return max((e for e in row["errors"].values() if isinstance(e, float)), default=None)
+
+
+def cells(row: dict[str, Any], limits: dict[str, Any], first: bool) -> list[str]:
+    """A row as texts, one per column of COLUMNS."""
     name = row["provider"] + (f" ({row['detail']})" if row["detail"] else "")
-    worst = [e for e in row["errors"].values() if isinstance(e, float)]
-    error = f"{max(worst):.1e}" if worst else ""
+    worst = worst_error(row)
+    error = "" if worst is None else f"{worst:.1e}"
     if row["status"] != "ok":
         return [row["mode"], name, row["status"], *[""] * 7, error, row["status"]]
     timed = row["median_s"] is not None
@@ -130,12 +136,29 @@ def _cells(row: dict[str, Any], limits: dict[str, Any], first: bool) -> list[str
     ]
 
 
+def first_rows(rows: Iterable[dict[str, Any]]) -> set[int]:
+    """The id of each row that the others of its case and mode are compared with."""
+    return {id(next(group)) for _, group in groupby(rows, key=lambda row: (row["suite"], row["case"], row["mode"]))}
+
+
+def verdict(rows: Iterable[dict[str, Any]]) -> tuple[bool, str]:
+    """Whether nothing that ran is wrong or broken, and the sentence that says so."""
+    rows = list(rows)
+    bad = sum(row["status"] in ("FAILED", "error") for row in rows)
+    if bad:
+        return False, f"{bad} of {len(rows)} rows are wrong or broken"
+    absent = sum(row["status"] == "absent" for row in rows)
+    return True, f"all {len(rows) - absent} rows that ran are correct" + (
+        f"; {absent} rows of absent providers" if absent else ""
+    )
+
+
 def lines(rows: Iterable[dict[str, Any]], limits: dict[str, Any], colour: bool = False) -> Iterator[str]:
     """The table of a run: a block per case. limits: the `ceilings` row."""
     rows = list(rows)
-    firsts = {id(next(group)) for _, group in groupby(rows, key=lambda row: (row["suite"], row["case"], row["mode"]))}
-    cells = [_cells(row, limits, id(row) in firsts) for row in rows]
-    widths = [max(len(line[i]) for line in [list(COLUMNS), *cells]) for i in range(len(COLUMNS))]
+    firsts = first_rows(rows)
+    texts_of = [cells(row, limits, id(row) in firsts) for row in rows]
+    widths = [max(len(line[i]) for line in [list(COLUMNS), *texts_of]) for i in range(len(COLUMNS))]
 
     def line(texts: Iterable[str]) -> str:
         left = {0, 1, len(COLUMNS) - 1}
@@ -145,7 +168,7 @@ def lines(rows: Iterable[dict[str, Any]], limits: dict[str, Any], colour: bool =
     def paint(text: str, code: str) -> str:
         return f"{code}{text}{END}" if colour else text
 
-    numbered = zip(rows, cells, strict=True)
+    numbered = zip(rows, texts_of, strict=True)
     for (suite, case), block in groupby(numbered, key=lambda pair: (pair[0]["suite"], pair[0]["case"])):
         yield ""
         yield paint(f"{suite}  " + ", ".join(f"{k} {v}" for k, v in case.items()), BOLD)
@@ -172,12 +195,7 @@ def lines(rows: Iterable[dict[str, Any]], limits: dict[str, Any], colour: bool =
         )
     for claim in impossible(rows, limits):
         yield paint(f"more than the ceiling: {claim}", RED)
-    bad = [row for row in rows if row["status"] in ("FAILED", "error")]
-    if bad:
-        yield paint(f"{len(bad)} of {len(rows)} rows are wrong or broken", RED)
-    else:
-        absent = sum(row["status"] == "absent" for row in rows)
-        said = f"; {absent} rows of absent providers" if absent else ""
-        yield paint(f"all {len(rows) - absent} rows that ran are correct{said}", GREEN)
+    good, sentence = verdict(rows)
+    yield paint(sentence, GREEN if good else RED)
     yield ""
     yield NOTE

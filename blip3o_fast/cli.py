@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from blip3o_fast import __version__, env
+from blip3o_fast.cli_bench import bench
 from blip3o_fast.cli_export import export
 from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
@@ -64,6 +65,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "export": export,
     "warmup": warmup,
+    "bench": bench,
     "env": show_env,
 }
 for name, verb in VERBS.items():

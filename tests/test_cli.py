@@ -14,7 +14,7 @@ from blip3o_fast.cli import main, normalized
 
 VERBS = (
     *("env", "extract", "train", "sample", "evaluate", "interpolate", "demo", "try", "compare", "export", "warmup"),
-    "tune-sampler",
+    *("tune-sampler", "bench"),
 )
 
 
@@ -133,6 +133,33 @@ def test_export_has_every_argument_with_its_default() -> None:
 
     flags = {name: p.default for name, p in inspect.signature(cli.VERBS["export"]).parameters.items()}
     assert flags == {name: p.default for name, p in inspect.signature(export).parameters.items()}
+
+
+def test_bench_has_every_flag_of_the_benchmarks_and_hands_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import __main__ as benchmarks
+
+    parser, received = benchmarks.make_parser(), []
+    flags = {o: a for a in parser._actions for o in a.option_strings if o not in ("-h", "--help")}
+    ours = {name.rstrip("_") for name in inspect.signature(cli.VERBS["bench"]).parameters} - {"pytest"}
+    assert ours == {flag[2:].replace("-", "_") for flag in flags}
+    monkeypatch.setattr(benchmarks, "main", lambda arguments: received.append(arguments) or 1)
+    given = ["--op", "swiglu", "--op", "ode_step", "--set", "full", "--rounds", "3", "--check-only", "--isa", "avx2"]
+    assert main(["bench", *given, "--no-report", "--", "-k", "a-b"]) == 1  # the exit code of the benchmarks
+    (words,) = received
+    assert words[-3:] == ["--", "-k", "a-b"]
+    expected = vars(parser.parse_args([*given, "--no-report"]))
+    assert vars(parser.parse_args(words[:-3])) == expected and expected["check_only"] is True
+
+
+def test_bench_says_where_the_benchmarks_are_and_takes_no_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "quick"]) == 2
+    assert "bench takes no argument 'quick': a set is --set NAME" in capsys.readouterr().err
+    monkeypatch.setattr("blip3o_fast.cli_bench.ROOT", tmp_path)  # as installed: no checkout around the package
+    assert main(["bench", "--list"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: the benchmarks are part of a checkout") and "pip install -e" in hint
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "interpolate", "demo", "warmup"])

@@ -102,6 +102,27 @@ def test_a_provider_that_fails_has_a_reason_and_no_time(provider, status, reason
         assert results[name]["status"] == "ok" and results[name]["median_s"] > 0
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+@pytest.mark.parametrize("where", ["forward", "gradient"])
+def test_a_provider_that_breaks_while_it_is_timed_has_a_row_and_the_others_a_time(mode, where):
+    calls = [0]
+
+    def tired(x: Tensor, weight: Tensor) -> Tensor:
+        calls[0] += 1
+        y = x * x * weight
+        if calls[0] > 2 and where == "gradient" and y.requires_grad:
+            y.register_hook(lambda gradient: crashes(x, weight))
+        elif calls[0] > 2:
+            crashes(x, weight)
+        return y
+
+    row = run({"eager": square, "ours": tired, "other": square}, modes=(mode,))[mode]
+    assert row["ours"]["status"] == "error" and row["ours"]["reason"] == "ZeroDivisionError: no such kernel"
+    assert row["ours"]["median_s"] is row["ours"]["speedup"] is None
+    for name in ("eager", "other"):
+        assert row[name]["status"] == "ok" and row[name]["median_s"] > 0
+
+
 def test_a_wrong_gradient_fails_where_gradients_are_asked_for():
     results = run({"eager": square, "ours": wrong_gradient})
     assert results["forward"]["ours"]["status"] == "ok"

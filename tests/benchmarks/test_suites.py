@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FILE = '''
 """A file of the test's own."""
+import os, signal, time
 import pytest, torch
 from benchmarks.work import Absent, Inputs, Work, gold_by
 
@@ -37,14 +38,18 @@ def wrong(x):
 def crashes(x):
     raise RuntimeError("boom")
 
+def interrupted(x):
+    if torch.is_grad_enabled():  # its forward is measured by then
+        os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+        time.sleep(60)
+    return x * x
+
 @pytest.mark.parametrize("name", NAMES)
 def bench_square(compare, bench_device, name):
-    if name == "interrupt":
-        raise KeyboardInterrupt
     def inputs():
         x = torch.randn(8, 8, requires_grad=True)
         return Inputs((x,), {"x": x}, torch.randn(8, 8))
-    providers = {"eager": square, "ours": {"right": square, "wrong": wrong, "crashes": crashes}[name]}
+    providers = {"eager": square, "ours": globals().get(name, square)}
     compare(Work(
         suite="square", case={"name": name}, inputs=inputs, providers={**providers, "peer": Absent("not here")},
         gold=gold_by(square), bytes_moved={"forward": 512}, flops={"forward": 64}, modes=("forward", "both"),
@@ -52,13 +57,15 @@ def bench_square(compare, bench_device, name):
 '''
 
 
-def bench(tmp_path: Path, names: list[str], *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+def bench(
+    tmp_path: Path, names: list[str], *arguments: str, report: bool = False
+) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
     path = tmp_path / "square_file.py"
     path.write_text(FILE.replace("NAMES", repr(names)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # xdist's would disable timing
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--file", str(path), "--rounds", "3", "--seconds", "0.01"]
-        + ["--results", str(tmp_path / "results"), *arguments],
+        + ["--results", str(tmp_path / "results"), *([] if report else ["--no-report"]), *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     files = list((tmp_path / "results").rglob("*.jsonl"))
@@ -67,7 +74,7 @@ def bench(tmp_path: Path, names: list[str], *arguments: str) -> tuple[subprocess
 
 def test_right_providers_exit_zero_with_table_rows_and_pytest_benchmarks_json(tmp_path):
     saved = tmp_path / "saved.json"
-    result, made = bench(tmp_path, ["right"], "--", f"--benchmark-json={saved}")
+    result, made = bench(tmp_path, ["right"], "--", f"--benchmark-json={saved}", report=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row["kind"] for row in made] == ["machine", *["time"] * 6, "ceilings"]
     assert made[0]["commit"] and made[0]["cpu"]["model"] and made[-1]["fma_probes"] >= 20
@@ -80,6 +87,9 @@ def test_right_providers_exit_zero_with_table_rows_and_pytest_benchmarks_json(tm
     ]
     assert "all 4 rows that ran are correct; 2 rows of absent providers" in result.stdout
     assert "peer: not here" in result.stdout and "\033" not in result.stdout
+    (page,) = (tmp_path / "results").rglob("report.html")
+    assert page.parent.name == made[0]["run"] and f"report: {os.path.relpath(page, ROOT)}" in result.stdout
+    assert "left out: breakdown: needs the suites cpu_block" in result.stdout
     # pytest-benchmark holds the very same samples
     entries = {(b["extra_info"]["mode"], b["name"]): b for b in json.loads(saved.read_text())["benchmarks"]}
     assert set(entries) == {(mode, name) for mode in ("forward", "both") for name in ("eager", "ours")}
@@ -105,10 +115,18 @@ def test_a_wrong_provider_prints_failed_and_exits_non_zero(tmp_path):
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path):
-    result, made = bench(tmp_path, ["right", "interrupt", "wrong"])
+    """By the signal itself, in the middle of a case: the modes that were done are in the file, and it is named."""
+    result, made = bench(tmp_path, ["right", "interrupted", "wrong"], report=True)
     assert result.returncode == 2
-    assert [row["kind"] for row in made] == ["machine", *["time"] * 6, "ceilings"]
-    assert "all 4 rows that ran are correct" in result.stdout
+    assert [row["kind"] for row in made] == ["machine", *["time"] * 9, "ceilings"]
+    assert [(r["case"]["name"], r["mode"]) for r in made[7:10]] == [("interrupted", "forward")] * 3
+    assert "all 6 rows that ran are correct" in result.stdout
+    (path,) = (tmp_path / "results").rglob("*.jsonl")
+    told = (
+        f"interrupted: the 9 rows measured so far are there; python -m benchmarks.report {os.path.relpath(path, ROOT)}"
+    )
+    assert told in result.stdout
+    assert not list(tmp_path.rglob("report.html"))
 
 
 def test_list_and_bad_arguments(capsys):
@@ -117,6 +135,7 @@ def test_list_and_bad_arguments(capsys):
     assert "rms_norm_modulate" in listed and "model_block" in listed
     for arguments, message in (
         (["--op", "rms_norm"], "no benchmark 'rms_norm'; there are: dual_attention, "),
+        (["--set", "ful"], "argument --set: invalid choice: 'ful' (choose from"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
         (["--seconds", "0"], "must be above 0, got 0.0"),
         (["--file", "nothing.py"], "nothing.py is not a file"),
