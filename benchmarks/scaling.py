@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import cost_model, machine, model_block, model_step
 from benchmarks.harness import Settings, measure
-from benchmarks.work import Inputs, Values, Work, values
+from benchmarks.work import Work
 from blip3o_fast.models import BLIP3oConfig
 from blip3o_fast.timing import interleaved
 
@@ -61,27 +61,12 @@ class Point:
         return ("forward", "both")
 
     def work(self) -> Work:
+        shape = (self.batch, torch.float32, "cpu", self.config())
         if self.depth:
-            made = model_step.work(self.batch, torch.float32, "cpu", self.config(), compile=False)
+            made = model_step.work(*shape, compile=False)
         else:
-            made = model_block.work(self.batch, torch.float32, "cpu", self.config(), compile=False)
-        gold = made.gold if "both" in self.modes() or self.depth else self.forward_gold(made)
-        providers = {name: made.providers[name] for name in PROVIDERS}
-        return dataclasses.replace(made, providers=providers, modes=self.modes(), gold=gold)
-
-    def forward_gold(self, made: Work) -> Callable[[Inputs], Values]:
-        """As `model_block.exact`, without the gradients, which would not fit in memory."""
-        owner = made.providers["ours"].__closure__  # type: ignore[union-attr]
-        block = next(c.cell_contents for c in owner or () if isinstance(c.cell_contents, torch.nn.Module))
-
-        def gold(given: Inputs) -> Values:
-            double = model_block.copy.deepcopy(block).double()
-            args = tuple(arg.detach().double() for arg in given.args)
-            run = model_block.eager_provider(double, self.config(), self.batch, "cpu")
-            with model_block.Doubled():
-                return values(run, Inputs(args, {}, given.upstream), gradients=False)
-
-        return gold
+            made = model_block.work(*shape, compile=False, modes=self.modes())
+        return dataclasses.replace(made, providers={name: made.providers[name] for name in PROVIDERS})
 
     def cost(self, provider: str, mode: str) -> cost_model.Cost:
         of = cost_model.model_cost if self.depth else cost_model.block_cost
@@ -173,9 +158,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--read", type=Path, help="measure nothing: the tables and plots of such a file")
     parser.add_argument("--figures", type=Path, help="folder of the plots to write (none)")
+    parser.add_argument("--page", type=Path, help="page whose measured part is replaced (docs/perf/scaling.md)")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or not options.seconds > 0:
         parser.error(f"--rounds and --seconds must be above 0, got {options.rounds} and {options.seconds}")
+    if options.page is not None and not options.page.is_file():
+        parser.error(f"argument --page: {options.page} is not a file")
     if options.read is not None:
         if not options.read.is_file():
             parser.error(f"argument --read: {options.read} is not a file")
@@ -193,6 +181,8 @@ def main(arguments: list[str]) -> int:
         partial.write_text(json.dumps(data, indent=1) + "\n")
         partial.replace(options.json)
     print(report.tables(data))
+    if options.page is not None:
+        report.write_page(data, options.page)
     if options.figures is not None:
         for path in report.draw(data, options.figures):
             print(path)

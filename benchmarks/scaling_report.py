@@ -15,6 +15,7 @@ MFUS = (0.35, 0.55)
 FLEETS = ((8, 256), (64, 32), (64, 256))  # GPUs, samples on each
 # Okabe and Ito's colours, told apart with every kind of colour vision; the markers tell them apart without colour.
 LOOKS = {"eager": ("#E69F00", "s"), "ours": ("#0072B2", "o")}
+BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 Key = tuple[str, str]  # provider, mode
 
 
@@ -39,13 +40,15 @@ class Model:
         for row in blocks(data):
             if row["axis"] == "launch":
                 cost = point_of(row).cost(row["provider"], row["mode"])
-                self.launch[row["provider"], row["mode"]] = row["median_s"] / cost.launches
+                # of a quiet moment: a neighbour's burst here would be in every prediction
+                self.launch[row["provider"], row["mode"]] = row["p20_s"] / cost.launches
         for row in blocks(data):
             key = row["provider"], row["mode"]
             if point_of(row) == REFERENCE and key in self.launch:
                 cost = REFERENCE.cost(*key)
-                rest = max(row["median_s"] - cost.launches * self.launch[key], 1e-9)
-                self.share[key] = cost_model.seconds(cost, self.machine) / rest
+                rest = row["median_s"] - cost.launches * self.launch[key]
+                if rest > 0:  # else the launches alone explain more than was measured: there is no prediction
+                    self.share[key] = cost_model.seconds(cost, self.machine) / rest
 
     def seconds(self, point: Point, key: Key) -> float | None:
         if key not in self.share:
@@ -164,23 +167,36 @@ def tables(data: dict[str, Any]) -> str:
     stamp, ceilings, model = data["stamp"], data["ceilings"], Model(data)
     load = stamp["load_average_at_start"]
     lines = [
-        f"{stamp['cpu']['model']}, {stamp['threads']} threads, {stamp['isa']}, PyTorch {stamp['versions']['torch']}",
-        f"commit {stamp['commit']}{', uncommitted' if stamp['dirty'] else ''}, load average {load:.1f} at start",
-        f"ceilings: {ceilings['fma_gflops']:.0f} GFLOP/s fp32, {ceilings['copy_gbps']:.0f} GB/s copied",
+        f"- {stamp['cpu']['model']}, {stamp['threads']} threads, {stamp['isa']}, PyTorch {stamp['versions']['torch']}",
+        f"- commit {stamp['commit']}{', uncommitted' if stamp['dirty'] else ''}, load average {load:.1f} at the start",
+        f"- ceilings: {ceilings['fma_gflops']:.0f} GFLOP/s fp32, {ceilings['copy_gbps']:.0f} GB/s copied",
     ]
     for (provider, mode), share in model.share.items():
         launch = 1e6 * model.launch[provider, mode]
-        lines.append(f"{provider}, {mode}: {launch:.1f} us a launch, {share:.0%} of the ceilings at the fitted point")
+        lines.append(f"- {provider}, {mode}: {launch:.1f} us a launch, {share:.0%} of the ceilings at the fitted point")
     failed = [row for row in data["rows"] if row["status"] != "ok"]
-    lines += [f"{row['axis']} {row['value']}: {row['status']}: {row.get('reason')}" for row in failed]
+    lines += [f"- {row['axis']} {row['value']}: {row['status']}: {row.get('reason')}" for row in failed]
     for axis in ("batch", "tokens", "width", "depth"):
         for mode in ("forward", "both"):
             made = list(axis_table(data, model, axis, mode))
-            lines += ["", f"{axis}, {'forward and backward' if mode == 'both' else mode}", "", *made] if made else []
-    lines += ["", "errors of the model", "", *errors(data, model)]
-    lines += ["", "world size", "", *world_table(data)]
-    lines += ["", "counts", "", *counts_table(), "", f"{IMAGES:,} images on H100s", "", *epoch_table()]
+            title = f"### By {axis}, {'forward and backward' if mode == 'both' else mode}"
+            lines += ["", title, "", *made] if made else []
+    lines += ["", "### Errors of the model", "", *errors(data, model)]
+    lines += ["", "### By world size", "", *world_table(data)]
+    lines += ["", "### Counts of the model", "", *counts_table()]
+    lines += ["", f"### {IMAGES:,} images on H100s: the model's output, not a measurement", "", *epoch_table()]
     return "\n".join(lines)
+
+
+def write_page(data: dict[str, Any], path: Path) -> None:
+    """Put the tables into a page, between its two marks. ValueError where it has none."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{path} must have one line {BEGIN} and one line {END}")
+    before, rest = text.split(BEGIN)
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"{before}{BEGIN}\n\n{tables(data)}\n\n{END}{rest.split(END)[1]}")
+    partial.replace(path)
 
 
 def draw(data: dict[str, Any], folder: Path) -> Iterator[Path]:

@@ -1,11 +1,15 @@
 """The written model: its counts against PyTorch's counter on stock diffusers, the launch report, and the networks."""
 
+import copy
+import json
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cost_model
+from benchmarks import cost_model, scaling, scaling_report
+from benchmarks.harness import Settings
 from blip3o_fast import ops
 from blip3o_fast.demo.stock import StockBLIP3o
 from blip3o_fast.kernels._launch import assumed_capability, recording
@@ -108,3 +112,86 @@ def test_all_reduce_and_epoch():
     assert one.data == pytest.approx(10 * 64 * 40 * 2 * 101 / (3600 * one.hours))
     many = cost_model.training_epoch(config, 1001, 10, 8, 0.5)
     assert many.steps == 13 and 0 < many.communication < 1
+
+
+SETTINGS = Settings(min_rounds=1, max_rounds=1, max_time=0.001, min_time=1e-6)
+SMALL = {"batch": 1, "tokens": 4, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Two small points, one of which is taken for the reference; all-reduces as two processes would have them."""
+    chosen = scaling.points({"batch": (1, 2), "depth": (1,)}, SMALL)
+    data = scaling.run(SETTINGS, chosen, ())
+    data["rows"] += [
+        {"axis": "world", "value": 2, "payload": n << 20, "sent": n << 20, "median_s": t, "p20_s": t, "p80_s": t}
+        | {"status": "ok"}
+        for n, t in ((1, 0.001), (2, 0.003), (4, 0.004))
+    ]
+    return data
+
+
+def test_every_point_is_checked_and_timed(measured):
+    rows = [row for row in measured["rows"] if row["axis"] != "world"]
+    # The launch, two batches: forward and both; a network of one block: forward. Two providers each.
+    assert len(rows) == 2 * (2 + 4 + 1) and {row["status"] for row in rows} == {"ok"}
+    assert all(row["median_s"] > 0 for row in rows)
+
+
+def test_the_model_is_fitted_at_one_point_and_says_so(measured, monkeypatch):
+    monkeypatch.setattr(scaling_report, "REFERENCE", scaling.Point("batch", 1, **SMALL))
+    made = copy.deepcopy(measured)
+    for row in made["rows"]:
+        if row["axis"] != "world":
+            seconds = {"launch": 0.001}.get(row["axis"], 0.004 * row["value"])
+            row.update(median_s=seconds, p20_s=seconds, p80_s=seconds)
+    model = scaling_report.Model(made)
+    for row in made["rows"]:
+        if row["axis"] == "batch":
+            predicted = model.seconds(scaling_report.point_of(row), (row["provider"], row["mode"]))
+            # 1 ms of launches and 3 ms that at most double with the batch
+            assert predicted == pytest.approx(0.004) if row["value"] == 1 else 0.004 < predicted <= 0.007
+    said = scaling_report.tables(made)
+    lines = [line for line in said.splitlines() if line.startswith("| 1 |")]
+    assert lines[0].count("fitted") == 2  # the fitted point, forward; its errors are in no statistics
+    assert "| 2 | 2 MiB | 2 MiB | 3 ms (3 ms .. 3 ms) | 0.70 | 2 ms | -33% |" in said
+    assert "60,000,000 images on H100s" in said and said.count("| blip3o-8b |") == 7
+
+
+def test_a_wrong_point_is_FAILED_and_ends_with_1(measured, tmp_path, capsys):
+    broken = copy.deepcopy(measured)
+    row = next(r for r in broken["rows"] if r["axis"] == "batch" and r["value"] == 2 and r["provider"] == "ours")
+    row.update(status="FAILED", reason="y: off", median_s=None)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(broken))
+    assert scaling.main(["--read", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "batch 2: FAILED: y: off" in said and "| FAILED | - | - |" in said
+    path.write_text(json.dumps(measured))
+    figures = tmp_path / "figures"
+    assert scaling.main(["--read", str(path), "--figures", str(figures)]) == 0
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- measured -->\nold\n<!-- end of measured -->\nbelow\n")
+    assert scaling.main(["--read", str(path), "--page", str(page)]) == 0
+    written = page.read_text()
+    assert written.startswith("above\n<!-- measured -->\n\n- ") and written.endswith(
+        "<!-- end of measured -->\nbelow\n"
+    )
+    assert "old" not in written and "### By batch, forward" in written
+    with pytest.raises(ValueError, match="must have one line <!-- measured -->"):
+        scaling_report.write_page(measured, path)
+    assert (figures / "scaling_batch.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--rounds", "0"], ["--seconds", "0"], ["--read", "nowhere.json"], ["--page", "nowhere.md"]]
+)
+def test_bad_flags_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_two_processes_sum(tmp_path):
+    rows = scaling.all_reduces(2, 1, (4096,))
+    assert [row["status"] for row in rows] == ["ok"] and rows[0]["sent"] == 4096 and rows[0]["median_s"] > 0
