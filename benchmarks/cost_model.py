@@ -183,6 +183,16 @@ def seconds(cost: Cost, machine: Machine, share: float = 1.0) -> float:
     return (products + cost.between / machine.bandwidth) / share + cost.launches * machine.launch
 
 
+OPTIMIZER = 28  # bytes of AdamW for a weight: its value, gradient and two moments read, three of them written, in fp32
+
+
+def most_mfu(config: BLIP3oConfig, per_gpu: int, provider: str, context: int = 64, machine: Machine = H100) -> float:
+    """The share of the peak that the roofline allows a training step in half precision, communication left out."""
+    cost = model_cost(config, per_gpu, context, provider, "both", 2)
+    optimizer = OPTIMIZER * parameters(config) / machine.bandwidth
+    return cost.flops / machine.flops / (seconds(cost, machine) + optimizer)
+
+
 def all_reduce_bytes(payload: float, world: int) -> float:
     """That each rank sends in a ring: 2 (N - 1) / N of the payload."""
     if world < 1:

@@ -131,21 +131,37 @@ def all_reduces(world: int, rounds: int, payloads: tuple[int, ...] = PAYLOADS) -
     return found
 
 
-def run(settings: Settings, chosen: list[Point], worlds: tuple[int, ...]) -> dict[str, Any]:
-    """Everything measured: the machine's stamp and ceilings, rows of points and of all-reduces."""
-    stamp, ceilings, rows = machine.stamp(), machine.Ceilings(), []
+def save(data: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
+
+
+def run(
+    settings: Settings,
+    chosen: list[Point],
+    worlds: tuple[int, ...],
+    keep: Callable[[dict[str, Any]], Any] = lambda data: None,
+) -> dict[str, Any]:
+    """Everything measured: the machine's stamp and ceilings, rows of points and of all-reduces.
+
+    keep: called with what there is after every point. Ctrl-C ends the measurement, not what was measured.
+    """
+    ceilings = machine.Ceilings()
+    data: dict[str, Any] = {"stamp": machine.stamp(), "rows": []}
     try:
         for point in [LEAST, *chosen]:
             print(f"{point.axis} {point.value}", file=sys.stderr, flush=True)
-            rows += timed(point, settings, ceilings)
+            data["rows"] += timed(point, settings, ceilings)
+            data["ceilings"] = ceilings.finish()
+            keep(data)
+        for world in worlds:
+            print(f"world {world}", file=sys.stderr, flush=True)
+            data["rows"] += all_reduces(world, settings.min_rounds)
+            keep(data)
     except KeyboardInterrupt:
         print("interrupted: what was measured so far", file=sys.stderr)
-        worlds = ()
-    measured = ceilings.finish()
-    del ceilings
-    for world in worlds:
-        rows += all_reduces(world, settings.min_rounds)
-    return {"stamp": stamp, "ceilings": measured, "rows": rows}
+    return {**data, "ceilings": ceilings.finish()}
 
 
 def main(arguments: list[str]) -> int:
@@ -174,12 +190,11 @@ def main(arguments: list[str]) -> int:
         # "batch" holds the point at which the share of the ceilings is taken
         chosen = [p for p in points() if p.axis in axes or p == report.REFERENCE]
         settings = Settings(min_rounds=options.rounds, max_time=options.seconds)
-        data = run(settings, chosen, (1, 2) if "world" in axes else ())
+        keep = (lambda data: save(data, options.json)) if options.json is not None else (lambda data: None)
+        data = run(settings, chosen, (1, 2) if "world" in axes else (), keep)
         data["seconds"] = time.perf_counter() - start
     if options.json is not None:
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n")
-        partial.replace(options.json)
+        save(data, options.json)
     print(report.tables(data))
     if options.page is not None:
         report.write_page(data, options.page)
