@@ -196,11 +196,11 @@ def main(arguments: list[str]) -> int:
     if options.json is not None:
         save(data, options.json)
     print(report.tables(data))
+    pictures = [] if options.figures is None else list(report.draw(data, options.figures))
+    for path in pictures:
+        print(path)
     if options.page is not None:
-        report.write_page(data, options.page)
-    if options.figures is not None:
-        for path in report.draw(data, options.figures):
-            print(path)
+        report.write_page(data, options.page, pictures)
     return int(any(row["status"] != "ok" for row in data["rows"]))
 
 

@@ -1,6 +1,7 @@
 """What `benchmarks/scaling.py` measured, as tables in Markdown and as plots, the written model beside each point."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,24 @@ def tables(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(data: dict[str, Any], path: Path) -> None:
-    """Put the tables into a page, between its two marks. ValueError where it has none."""
+PICTURES = {
+    "batch": "Time of a block against the batch: points measured, lines the model's",
+    "tokens": "Time of a block against the number of tokens: points measured, lines the model's",
+}
+
+
+def write_page(data: dict[str, Any], path: Path, pictures: Sequence[Path] = ()) -> None:
+    """Put the tables, and links to the plots, into a page, between its two marks. ValueError where it has none."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{path} must have one line {BEGIN} and one line {END}")
     before, rest = text.split(BEGIN)
+    links = "".join(
+        f"\n![{PICTURES[picture.stem.removeprefix('scaling_')]}]({os.path.relpath(picture, path.parent)})\n"
+        for picture in pictures
+    )
     partial = path.with_suffix(".partial")
-    partial.write_text(f"{before}{BEGIN}\n\n{tables(data)}\n\n{END}{rest.split(END)[1]}")
+    partial.write_text(f"{before}{BEGIN}\n\n{tables(data)}\n{links}\n{END}{rest.split(END)[1]}")
     partial.replace(path)
 
 

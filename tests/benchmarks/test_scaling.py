@@ -173,12 +173,13 @@ def test_a_wrong_point_is_FAILED_and_ends_with_1(measured, tmp_path, capsys):
     assert scaling.main(["--read", str(path), "--figures", str(figures)]) == 0
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- measured -->\nold\n<!-- end of measured -->\nbelow\n")
-    assert scaling.main(["--read", str(path), "--page", str(page)]) == 0
+    assert scaling.main(["--read", str(path), "--page", str(page), "--figures", str(figures)]) == 0
     written = page.read_text()
     assert written.startswith("above\n<!-- measured -->\n\n- ") and written.endswith(
         "<!-- end of measured -->\nbelow\n"
     )
     assert "old" not in written and "### By batch, forward" in written
+    assert "(figures/scaling_batch.png)" in written
     with pytest.raises(ValueError, match="must have one line <!-- measured -->"):
         scaling_report.write_page(measured, path)
     assert (figures / "scaling_batch.png").read_bytes().startswith(b"\x89PNG")
