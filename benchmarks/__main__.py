@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 MACHINERY = {
     *("__main__", "cases", "goals", "gpu_rows", "gpu_timing", "harness"),
     *("breakdown", "live", "plots", "readme_table", "report", "style"),
+    *("cost_model", "scaling", "scaling_report"),
     *("cpu_goals", "machine", "model_memory", "plugin", "rows", "sampling_run", "storage_quality", "table", "work"),
 }
 QUICK = ("rms_norm_modulate", "model_block")  # under 5 minutes on two cores, without the cases marked `full`

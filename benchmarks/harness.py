@@ -130,7 +130,7 @@ def _time(
         runs[name], preparation = _runners(name, provider, mode, pool)
         if preparation is not None:
             prepare[name] = preparation
-    on_gpu = next(iter(pool[0].wrt.values())).is_cuda
+    on_gpu = any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in pool[0].args)
     synchronize: Callable[[], Any] = torch.cuda.synchronize if on_gpu else (lambda: None)
     last = names[-1]
 
