@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.work import MODES, Absent, Inputs, Values, Work, gradients_of, values
+from benchmarks.work import MODES, WITH_GRADIENTS, Absent, Inputs, Values, Work, gradients_of, values
 from blip3o_fast.timing import Timing, interleaved
 
 
@@ -56,7 +56,7 @@ def _check(work: Work, mode: str, inputs: Inputs, gold: Values) -> Iterator[tupl
         else:
             start = time.perf_counter()
             try:
-                got = values(provider, inputs, gradients=mode != "forward")
+                got = values(provider, inputs, gradients=mode in WITH_GRADIENTS)
             except Exception as error:  # a peer that breaks is a row of the result, not the end of the run
                 reason = _why_absent(error)
                 first_line = (str(error).strip() or "no message").splitlines()[0]
@@ -93,7 +93,7 @@ def _runners(
     def backward(state: tuple[Any, Inputs]) -> tuple[Tensor, ...]:
         return gradients_of(*state)
 
-    if mode == "forward":
+    if mode not in WITH_GRADIENTS:
         return forward, None
     return (backward, prepare) if mode == "backward" else (lambda: backward(prepare()), None)
 
@@ -108,7 +108,7 @@ def _time(
         runs[name], preparation = _runners(provider, mode, pool)
         if preparation is not None:
             prepare[name] = preparation
-    on_gpu = next(iter(pool[0].wrt.values())).is_cuda
+    on_gpu = any(arg.is_cuda for arg in pool[0].args if isinstance(arg, Tensor))
     synchronize: Callable[[], Any] = torch.cuda.synchronize if on_gpu else (lambda: None)
     last = names[-1]
 
@@ -119,7 +119,7 @@ def _time(
             runs[last](*((prepare[last](),) if last in prepare else ()))
 
     common: dict[str, Any] = {"prepare": prepare, "synchronize": synchronize, "timer": settings.timer}
-    with torch.set_grad_enabled(mode != "forward"):
+    with torch.set_grad_enabled(mode in WITH_GRADIENTS):
         trial = interleaved(runs, rounds=2, warmup=settings.warmup, **common)
         calls = {
             name: min(1000, max(1, math.ceil(settings.min_time / max(timing.median, 1e-9))))
@@ -152,7 +152,7 @@ def measure(
     gold = work.gold(pool[0])
     checked: dict[bool, dict[str, dict[str, Any]]] = {}
     for mode in work.modes:
-        gradients = mode != "forward"
+        gradients = mode in WITH_GRADIENTS
         if gradients not in checked:
             progress(f"{work.label} {mode}: correctness (and compilation)")
             checked[gradients] = dict(_check(work, mode, pool[0], gold))
@@ -169,7 +169,12 @@ def measure(
             row: dict[str, Any] = {"suite": work.suite, "case": work.case, "mode": mode, "provider": name}
             row |= {"detail": work.details.get(name), **check, "inputs_in_rotation": len(pool)}
             row |= {"bytes": work.bytes_moved.get(mode), "flops": work.flops.get(mode)}
-            rows.append(row | _figures(timings.get(name), baseline, row["bytes"], row["flops"]))
+            figures = _figures(timings.get(name), baseline, row["bytes"], row["flops"])
+            count, unit = work.items or (None, None)
+            seconds = figures["median_s"]
+            row |= {"items": count, "item": unit}
+            row |= {"items_per_s": None if count is None or seconds is None else count / seconds}
+            rows.append(row | figures)
         yield rows, timings
 
 

@@ -208,7 +208,7 @@ def test_compile_is_absent_without_a_compiler(monkeypatch):
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="modes must be among forward, backward, both, got sideways"):
+    with pytest.raises(ValueError, match="modes must be among forward, backward, both, whole, got sideways"):
         list(measure(make_work({"eager": square}, modes=("sideways",)), QUICK))
 
 
