@@ -9,7 +9,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MACHINERY = {
     *("__main__", "cases", "goals", "gpu_rows", "gpu_timing", "harness"),
-    *("cpu_goals", "machine", "model_memory", "plugin", "rows", "sampling_run", "storage_quality", "table", "work"),
+    *(
+        "cpu_goals",
+        "machine",
+        "model_memory",
+        "peers",
+        "plugin",
+        "rows",
+        "sampling_run",
+        "storage_quality",
+        "table",
+        "work",
+    ),
 }
 # Op, block, model, training step and sampling: under 5 minutes on two cores, without the cases marked `full`.
 QUICK = ("rms_norm_modulate", "model_block", "model_forward", "train_step", "sample")
