@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.work import MODES, WITH_GRADIENTS, Absent, Inputs, Values, Work, gradients_of, values
+from blip3o_fast.models.peak import peak_bytes
 from blip3o_fast.timing import Timing, interleaved
 
 
@@ -100,7 +101,8 @@ def _runners(
 
 def _time(
     work: Work, mode: str, names: list[str], pool: list[Inputs], settings: Settings, ceilings: machine.Ceilings | None
-) -> dict[str, Timing]:
+) -> tuple[dict[str, Timing], dict[str, dict[str, Any]]]:
+    """The timings, and what else is measured of each provider (`_beside`)."""
     runs, prepare = {}, {}
     for name in names:
         provider = work.providers[name]
@@ -108,7 +110,8 @@ def _time(
         runs[name], preparation = _runners(provider, mode, pool)
         if preparation is not None:
             prepare[name] = preparation
-    on_gpu = any(arg.is_cuda for arg in pool[0].args if isinstance(arg, Tensor))
+    device = next((arg.device for arg in pool[0].args if isinstance(arg, Tensor)), None)
+    on_gpu = device is not None and device.type == "cuda"
     synchronize: Callable[[], Any] = torch.cuda.synchronize if on_gpu else (lambda: None)
     last = names[-1]
 
@@ -128,7 +131,33 @@ def _time(
         round_time = sum(calls[name] * timing.median for name, timing in trial.items())
         affordable = int(len(names) * settings.max_time / max(round_time, 1e-9))
         rounds = min(settings.max_rounds, max(settings.min_rounds, affordable))
-        return interleaved(runs, rounds=rounds, warmup=0, calls=calls, between=between, **common)
+        timings = interleaved(runs, rounds=rounds, warmup=0, calls=calls, between=between, **common)
+        return timings, {name: _beside(run, prepare.get(name), device, settings.timer) for name, run in runs.items()}
+
+
+def _beside(
+    run: Callable[..., Any],
+    prepare: Callable[[], Any] | None,
+    device: torch.device | None,
+    timer: Callable[[], float],
+) -> dict[str, Any]:
+    """peak_bytes: what a call allocates at its height, above what there was (None where the inputs name no device).
+    host_s, on a GPU: how long the host takes to queue a call, the median of five, of which the device sees nothing."""
+    if device is None:
+        return {"peak_bytes": None, "host_s": None}
+
+    def ready() -> tuple[Any, ...]:
+        return () if prepare is None else (prepare(),)
+
+    state, queued = ready(), []
+    peak = peak_bytes(lambda: run(*state), device)
+    for _ in range(5 if device.type == "cuda" else 0):
+        state = ready()
+        torch.cuda.synchronize(device)
+        start = timer()
+        run(*state)
+        queued.append(timer() - start)
+    return {"peak_bytes": peak, "host_s": Timing(tuple(queued)).median if queued else None}
 
 
 def measure(
@@ -158,11 +187,12 @@ def measure(
             checked[gradients] = dict(_check(work, mode, pool[0], gold))
         names = [name for name, row in checked[gradients].items() if row["status"] == "ok"]
         timings: dict[str, Timing] = {}
+        beside: dict[str, dict[str, Any]] = {}
         if settings.timed and names:
             progress(f"{work.label} {mode}: {', '.join(names)} in turns")
             if ceilings is not None:
                 ceilings.copy()
-            timings = _time(work, mode, names, pool, settings, ceilings)
+            timings, beside = _time(work, mode, names, pool, settings, ceilings)
         baseline = timings.get(next(iter(work.providers)))
         rows = []
         for name, check in checked[gradients].items():
@@ -172,7 +202,7 @@ def measure(
             figures = _figures(timings.get(name), baseline, row["bytes"], row["flops"])
             count, unit = work.items or (None, None)
             seconds = figures["median_s"]
-            row |= {"items": count, "item": unit}
+            row |= {"items": count, "item": unit, **beside.get(name, {"peak_bytes": None, "host_s": None})}
             row |= {"items_per_s": None if count is None or seconds is None else count / seconds}
             rows.append(row | figures)
         yield rows, timings
