@@ -103,10 +103,24 @@ def work(
     )
 
 
-BLOCK = BLIP3oConfig(num_layers=2, in_channels=1792, cross_attention_dim=2048)
+WIDE = {"in_channels": 1792, "cross_attention_dim": 2048}
+TWO = {"config": BLIP3oConfig(num_layers=2, **WIDE), "num_steps": 4}
+full = pytest.mark.full
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
-@pytest.mark.parametrize("batch", [1, 16], ids=["latency, 1", "throughput, 16"])
-def bench_sample(compare: Callable[[Work], None], bench_device: str, batch: int, dtype: torch.dtype) -> None:
-    compare(work(batch, dtype, BLOCK, bench_device))
+@pytest.mark.benchmark(min_rounds=3)  # a run takes seconds
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param({**TWO, "batch": 1, "dtype": torch.float32}, id="latency"),
+        pytest.param(
+            {"config": BLIP3oConfig(num_layers=1, **WIDE), "num_steps": 2, "batch": 8, "dtype": torch.float32},
+            id="throughput, one layer",
+        ),
+        pytest.param({**TWO, "batch": 1, "dtype": torch.bfloat16}, id="latency, bfloat16", marks=full),
+        pytest.param({**TWO, "batch": 16, "dtype": torch.float32}, id="throughput", marks=full),
+        pytest.param({**TWO, "batch": 16, "dtype": torch.bfloat16}, id="throughput, bfloat16", marks=full),
+    ],
+)
+def bench_sample(compare: Callable[[Work], None], bench_device: str, case: dict[str, Any]) -> None:
+    compare(work(**case, device=bench_device))
