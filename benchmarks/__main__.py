@@ -11,9 +11,11 @@ MACHINERY = {
     *("__main__", "cases", "goals", "gpu_rows", "gpu_timing", "harness"),
     *("breakdown", "live", "plots", "readme_table", "report", "style"),
     *("cost_model", "scaling", "scaling_report"),
-    *("cpu_goals", "machine", "model_memory", "plugin", "rows", "sampling_run", "storage_quality", "table", "work"),
+    *("cpu_goals", "machine", "model_memory", "peers", "plugin", "rows"),
+    *("sampling_run", "storage_quality", "table", "work"),
 }
-QUICK = ("rms_norm_modulate", "model_block")  # under 5 minutes on two cores, without the cases marked `full`
+# Op, block, model, training step and sampling: under 5 minutes on two cores, without the cases marked `full`.
+QUICK = ("rms_norm_modulate", "model_block", "model_forward", "train_step", "sample")
 SETS = {"quick": QUICK, "cpu": ("packed_linear", "cpu_block", "cpu_ops", "model_block")}
 # How the libraries are told to leave AVX-512 alone, so that one machine can stand for those that have none.
 AVX2_ONLY = {

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.work import MODES, Absent, Inputs, Values, Work, gradients_of, values
+from benchmarks.work import MODES, WITH_GRADIENTS, Absent, Inputs, Values, Work, gradients_of, values
+from blip3o_fast.models.peak import peak_bytes
 from blip3o_fast.timing import Timing, interleaved
 
 
@@ -56,7 +57,7 @@ def _check(work: Work, mode: str, inputs: Inputs, gold: Values) -> Iterator[tupl
         else:
             start = time.perf_counter()
             try:
-                got = values(provider, inputs, gradients=mode != "forward")
+                got = values(provider, inputs, gradients=mode in WITH_GRADIENTS)
             except Exception as error:  # a peer that breaks is a row of the result, not the end of the run
                 row |= broken(error)
             else:
@@ -115,14 +116,15 @@ def _runners(
         except Exception as error:
             raise Broke(name) from error
 
-    if mode == "forward":
+    if mode not in WITH_GRADIENTS:
         return forward, None
     return (backward, prepare) if mode == "backward" else (lambda: backward(prepare()), None)
 
 
 def _time(
     work: Work, mode: str, names: list[str], pool: list[Inputs], settings: Settings, ceilings: machine.Ceilings | None
-) -> dict[str, Timing]:
+) -> tuple[dict[str, Timing], dict[str, dict[str, Any]]]:
+    """The timings, and what else is measured of each provider (`_beside`)."""
     runs, prepare = {}, {}
     for name in names:
         provider = work.providers[name]
@@ -131,6 +133,7 @@ def _time(
         if preparation is not None:
             prepare[name] = preparation
     on_gpu = any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in pool[0].args)
+    device = next((arg.device for arg in pool[0].args if isinstance(arg, Tensor)), None)
     synchronize: Callable[[], Any] = torch.cuda.synchronize if on_gpu else (lambda: None)
     last = names[-1]
 
@@ -141,7 +144,7 @@ def _time(
             runs[last](*((prepare[last](),) if last in prepare else ()))
 
     common: dict[str, Any] = {"prepare": prepare, "synchronize": synchronize, "timer": settings.timer}
-    with torch.set_grad_enabled(mode != "forward"):
+    with torch.set_grad_enabled(mode in WITH_GRADIENTS):
         trial = interleaved(runs, rounds=2, warmup=settings.warmup, **common)
         calls = {
             name: min(1000, max(1, math.ceil(settings.min_time / max(timing.median, 1e-9))))
@@ -150,7 +153,33 @@ def _time(
         round_time = sum(calls[name] * timing.median for name, timing in trial.items())
         affordable = int(len(names) * settings.max_time / max(round_time, 1e-9))
         rounds = min(settings.max_rounds, max(settings.min_rounds, affordable))
-        return interleaved(runs, rounds=rounds, warmup=0, calls=calls, between=between, **common)
+        timings = interleaved(runs, rounds=rounds, warmup=0, calls=calls, between=between, **common)
+        return timings, {name: _beside(run, prepare.get(name), device, settings.timer) for name, run in runs.items()}
+
+
+def _beside(
+    run: Callable[..., Any],
+    prepare: Callable[[], Any] | None,
+    device: torch.device | None,
+    timer: Callable[[], float],
+) -> dict[str, Any]:
+    """peak_bytes: what a call allocates at its height, above what there was (None where the inputs name no device).
+    host_s, on a GPU: how long the host takes to queue a call, the median of five, of which the device sees nothing."""
+    if device is None:
+        return {"peak_bytes": None, "host_s": None}
+
+    def ready() -> tuple[Any, ...]:
+        return () if prepare is None else (prepare(),)
+
+    state, queued = ready(), []
+    peak = peak_bytes(lambda: run(*state), device)
+    for _ in range(5 if device.type == "cuda" else 0):
+        state = ready()
+        torch.cuda.synchronize(device)
+        start = timer()
+        run(*state)
+        queued.append(timer() - start)
+    return {"peak_bytes": peak, "host_s": Timing(tuple(queued)).median if queued else None}
 
 
 def measure(
@@ -174,19 +203,20 @@ def measure(
     gold = work.gold(pool[0])
     checked: dict[bool, dict[str, dict[str, Any]]] = {}
     for mode in work.modes:
-        gradients = mode != "forward"
+        gradients = mode in WITH_GRADIENTS
         if gradients not in checked:
             progress(f"{work.label} {mode}: correctness (and compilation)")
             checked[gradients] = dict(_check(work, mode, pool[0], gold))
         checks = dict(checked[gradients])
         names = [name for name, row in checks.items() if row["status"] == "ok"]
         timings: dict[str, Timing] = {}
+        beside: dict[str, dict[str, Any]] = {}
         while settings.timed and names and not timings:
             progress(f"{work.label} {mode}: {', '.join(names)} in turns")
             if ceilings is not None:
                 ceilings.copy()
             try:
-                timings = _time(work, mode, names, pool, settings, ceilings)
+                timings, beside = _time(work, mode, names, pool, settings, ceilings)
             except Broke as broke:  # the others take their turns again, without it
                 assert broke.__cause__ is not None
                 checks[broke.provider] = checks[broke.provider] | broken(broke.__cause__)
@@ -197,7 +227,12 @@ def measure(
             row: dict[str, Any] = {"suite": work.suite, "case": work.case, "mode": mode, "provider": name}
             row |= {"detail": work.details.get(name), **check, "inputs_in_rotation": len(pool)}
             row |= {"bytes": work.bytes_moved.get(mode), "flops": work.flops.get(mode)}
-            rows.append(row | _figures(timings.get(name), baseline, row["bytes"], row["flops"]))
+            figures = _figures(timings.get(name), baseline, row["bytes"], row["flops"])
+            count, unit = work.items or (None, None)
+            seconds = figures["median_s"]
+            row |= {"items": count, "item": unit, **beside.get(name, {"peak_bytes": None, "host_s": None})}
+            row |= {"items_per_s": None if count is None or seconds is None else count / seconds}
+            rows.append(row | figures)
         yield rows, timings
 
 

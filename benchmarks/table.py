@@ -24,7 +24,7 @@ NOTE = """\
 Providers of a case run in turns. Median and 20th..80th percentile of the rounds, on the host's clock, Python and
 dispatch overhead included, compilation and warm-up excluded. "x first": how many times faster than the first provider,
 the median of the ratios within a round.
-forward: without autograd; backward: its forward is not timed; both: a training step's share.
+forward: without autograd; backward: its forward is not timed; both: a training step's share; whole: all in one call.
 GB/s, GFLOP/s: the least that the work needs (inputs read once, results written once; an unfused provider moves more)
 over the median, beside the ceilings measured in this run. Small cases are bound by overhead; what is written to memory
 that is still in the cache can exceed the copy.
@@ -115,6 +115,8 @@ def worst_error(row: dict[str, Any]) -> float | None:
 def cells(row: dict[str, Any], limits: dict[str, Any], first: bool) -> list[str]:
     """A row as texts, one per column of COLUMNS."""
     name = row["provider"] + (f" ({row['detail']})" if row["detail"] else "")
+    if row.get("items_per_s") is not None:
+        name += f", {row['items_per_s']:.3g} {row['item']}/s"
     worst = worst_error(row)
     error = "" if worst is None else f"{worst:.1e}"
     if row["status"] != "ok":

@@ -10,7 +10,10 @@ from torch import Tensor
 from benchmarks import machine
 from blip3o_fast.testing import contract_violation, relative_l2
 
-MODES = ("forward", "backward", "both")
+OP_MODES = ("forward", "backward", "both")
+# whole: the provider does all of it in one call, gradients where it needs them: a training step, a sampling run.
+MODES = (*OP_MODES, "whole")
+WITH_GRADIENTS = ("backward", "both")  # those in which the harness asks for the gradients
 Values = dict[str, Tensor]
 
 
@@ -91,6 +94,7 @@ class Work:
     are several outputs, returned as a tuple). bytes_moved, flops: the least that each mode must do. rotate: time over
     as many input sets as exceed the caches; False where the weights alone do.
     details: a word per provider for the row (which backend ran).
+    items: how many of what a call gets done, as (64, "images"): the row says how many a second.
     """
 
     suite: str
@@ -100,11 +104,12 @@ class Work:
     gold: Callable[[Inputs], Values]
     bytes_moved: Mapping[str, int]
     flops: Mapping[str, int]
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = OP_MODES
     rotate: bool = True
     judge: Judge = judge_by_contract
     peers: frozenset[str] = frozenset({"compile"})
     details: Mapping[str, str] = field(default_factory=dict)
+    items: tuple[int, str] | None = None
 
     @property
     def label(self) -> str:
@@ -168,10 +173,15 @@ def saved_bytes(function: Callable[..., Any], inputs: Inputs) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def compiled(function: Callable[..., Any], device: str = "cpu") -> Callable[..., Any] | Absent:
-    """torch.compile of the function for static shapes, or the reason why there is none here."""
+def compiled(
+    function: Callable[..., Any], device: str = "cpu", *, whole: bool = True, **options: Any
+) -> Callable[..., Any] | Absent:
+    """torch.compile of the function for static shapes, or the reason why there is none here.
+
+    whole: a graph break is an error. options: of torch.compile (`mode`).
+    """
     if device == "cpu" and machine.compiler() is None:
         return Absent("no C++ compiler: torch.compile needs g++ or clang++ on a CPU")
     # Each case compiles afresh: past dynamo's limit of variants per function it would quietly run eager.
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=whole, **options)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.cases import SIZES, TOKENS, Case, Draw, modes, work
 from benchmarks.ops import flash_attention as single
 from benchmarks.work import Absent, Work
@@ -113,10 +114,7 @@ def case(
         chosen=_attention.choose(
             BACKENDS, inputs["qkq"], longer, *inputs.values(), mask, dtype=dtype, differentiable=True
         ),
-        peers={
-            "flash-attn": _twice(single._flash_attn(dtype, masked)),
-            "xformers": _twice(single._xformers(heads != key_heads, masked)),
-        },
+        peers={n: _twice(p) for n, p in peers.attentions(dtype, grouped=heads != key_heads, masked=masked).items()},
     )
 
 

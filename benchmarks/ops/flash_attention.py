@@ -1,14 +1,14 @@
 """flash_attention: stock's call of PyTorch's attention, its torch.compile, ours, and what others have made of it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import peers
 from benchmarks.cases import SIZES, TOKENS, Case, Draw, modes, work
-from benchmarks.work import Absent, Work
+from benchmarks.work import Work
 from blip3o_fast import ops
 from blip3o_fast.ops import _attention
 from blip3o_fast.ops.flash_attention import BACKENDS
@@ -38,26 +38,6 @@ def ours(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, mask: Tensor | None) -> 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, mask: Tensor | None) -> Tensor:
     return ops.flash_attention_ref(q, k, v, mask=mask)
-
-
-def _flash_attn(dtype: torch.dtype, masked: bool) -> Callable[..., Any] | Absent:
-    try:
-        from flash_attn import flash_attn_func
-    except (ImportError, OSError) as error:
-        return Absent(f"flash-attn: {error}")
-    if masked or dtype == torch.float32:
-        return Absent("flash-attn takes fp16 and bf16 without a key mask")
-    return lambda q, k, v, seen, mask: flash_attn_func(q, k, v)
-
-
-def _xformers(grouped: bool, masked: bool) -> Callable[..., Any] | Absent:
-    try:
-        from xformers.ops import memory_efficient_attention
-    except (ImportError, OSError) as error:
-        return Absent(f"xformers: {error}")
-    if masked or grouped:
-        return Absent("compared without mask and with as many key heads as query heads")
-    return lambda q, k, v, seen, mask: memory_efficient_attention(q, k, v)
 
 
 def case(
@@ -103,10 +83,7 @@ def case(
         # QK and PV; then QK again, dP, dV, dQ, dK
         flops=modes(2 * products, 5 * products),
         chosen=_attention.choose(BACKENDS, q, k, v, mask, dtype=dtype, differentiable=True),
-        peers={
-            "flash-attn": _flash_attn(dtype, masked),
-            "xformers": _xformers(heads != key_heads, masked),
-        },
+        peers=peers.attentions(dtype, grouped=heads != key_heads, masked=masked),
     )
 
 

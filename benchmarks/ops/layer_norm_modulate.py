@@ -1,4 +1,4 @@
-"""layer_norm_modulate: diffusers' LayerNorm without parameters times (1 + scale), its torch.compile, and ours."""
+"""layer_norm_modulate: diffusers' LayerNorm without parameters times (1 + scale), its torch.compile, ours, Liger's."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import peers
 from benchmarks.cases import SIZES, TOKENS, WIDTH, Case, Draw, modes, work
 from benchmarks.work import Work
 from blip3o_fast import ops
@@ -49,6 +50,7 @@ def case(
         ),
         flops=modes(8 * elements, 13 * elements),
         chosen=BACKENDS.choose(x, scale),
+        peers=peers.layer_norms(),
     )
 
 

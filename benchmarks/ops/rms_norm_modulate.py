@@ -1,14 +1,14 @@
-"""rms_norm_modulate: diffusers' RMSNorm times (1 + scale), its torch.compile, and ours."""
+"""rms_norm_modulate: diffusers' RMSNorm times (1 + scale), its torch.compile, ours, and the norms of others."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.cases import FULL, TOKENS, WIDTH, Case, Draw, modes, work
-from benchmarks.work import Absent, Work
+from benchmarks.work import Work
 from blip3o_fast import ops
 from blip3o_fast.ops.rms_norm_modulate import BACKENDS
 
@@ -30,19 +30,6 @@ def eager(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """The op sequence of diffusers' `RMSNorm` and `LuminaRMSNormZero` in the same dtype."""
     y = rms_norm(x, weight)
     return y if scale is None else y * (1 + scale[:, None])
-
-
-def _liger() -> Callable[..., Any] | Absent:
-    try:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    except (ImportError, OSError) as error:
-        return Absent(f"Liger-Kernel: {error}")
-
-    def run(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        y = LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", False)
-        return y if scale is None else y * (1 + scale[:, None])
-
-    return run
 
 
 def bytes_moved(batch: int, itemsize: int, tokens: int, width: int) -> dict[str, int]:
@@ -80,12 +67,12 @@ def case(
         # sums 4, and dx 3
         flops=modes(4 * elements, 9 * elements),
         chosen=BACKENDS.choose(x, weight, scale),
-        peers={"liger": _liger()},
+        peers=peers.rms_norms(),
     )
 
 
-_QUICK = [(1, torch.float32), (4, torch.float32), (64, torch.float32)]
-_FULL = [size for size in FULL if size not in _QUICK]
+_QUICK = [(1, torch.float32), (64, torch.float32)]
+_FULL = [(4, torch.float32), *(size for size in FULL if size not in _QUICK)]
 
 
 @pytest.mark.parametrize(

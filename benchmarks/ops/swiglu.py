@@ -1,14 +1,14 @@
-"""swiglu: diffusers' FP32SiLU times the other half, its torch.compile, ours, and Liger-Kernel's."""
+"""swiglu: diffusers' FP32SiLU times the other half, its torch.compile, ours, and what others have made of it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import peers
 from benchmarks.cases import SIZES, TOKENS, Case, Draw, modes, work
-from benchmarks.work import Absent, Work
+from benchmarks.work import Work
 from blip3o_fast import ops
 from blip3o_fast.ops.swiglu import BACKENDS
 
@@ -21,15 +21,6 @@ def eager(gate_up: Tensor) -> Tensor:
     """diffusers' `LuminaFeedForward` between its GEMMs; the two halves are views here, two results there."""
     a, b = gate_up.chunk(2, dim=-1)
     return F.silu(a.float()).to(a.dtype) * b
-
-
-def _liger() -> Callable[..., Any] | Absent:
-    try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-    except (ImportError, OSError) as error:
-        return Absent(f"Liger-Kernel: {error}")
-    # Its backward writes over what its forward was given, so it is given copies, which cost it time.
-    return lambda gate_up: LigerSiLUMulFunction.apply(*(half.contiguous() for half in gate_up.chunk(2, dim=-1)))
 
 
 def case(
@@ -58,7 +49,7 @@ def case(
         bytes_moved=modes(3 * elements * dtype.itemsize, 5 * elements * dtype.itemsize),
         flops=modes(5 * elements, 10 * elements),
         chosen=BACKENDS.choose(gate_up),
-        peers={"liger": _liger()},
+        peers=peers.swiglus(),
     )
 
 

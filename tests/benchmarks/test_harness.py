@@ -1,6 +1,7 @@
 """The benchmark harness: order, statistics, what a wrong, broken or missing provider becomes, and the rows."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -172,8 +173,8 @@ def test_providers_are_timed_in_turns(mode):
 
     settings = Settings(min_rounds=4, max_rounds=4, max_time=1e-9, min_time=1e-12, warmup=2)
     list(measure(make_work({"A": named("A"), "B": named("B"), "C": named("C")}, modes=(mode,)), settings))
-    # one checked call each, 2 rounds of warm-up, 2 to see how long it takes, 4 that count: all of them in turns
-    assert calls == ["A", "B", "C"] * 9
+    # one checked call each, 2 rounds of warm-up, 2 to see how long it takes, 4 that count, one for the memory
+    assert calls == ["A", "B", "C"] * 10
 
 
 def test_rounds_and_calls_follow_the_clock():
@@ -194,6 +195,90 @@ def test_rounds_and_calls_follow_the_clock():
     assert len(timings["slow"].samples) == len(timings["fast"].samples) == int(2 * 2.0 / 0.11)
     assert made[0]["median_s"] == pytest.approx(0.1) and made[1]["median_s"] == pytest.approx(0.001)
     assert made[1]["speedup"] == pytest.approx(100)
+
+
+def samples_of(providers, **settings):
+    """{provider: the fastest sample} of five: what others do on this machine only ever adds to a sample."""
+    five = Settings(min_rounds=5, max_rounds=5, max_time=1e-9, min_time=1e-9, **settings)
+    ((_, timings),) = measure(make_work(providers, modes=("forward",)), five)
+    return {name: min(timing.samples) for name, timing in timings.items()}
+
+
+def test_known_sleeps_are_timed_right():
+    def sleeps(seconds):
+        def provider(x: Tensor, weight: Tensor) -> Tensor:
+            time.sleep(seconds)
+            return x * x * weight
+
+        return provider
+
+    found = samples_of({"eager": sleeps(0.08), "ours": sleeps(0.01)})
+    assert 0.08 <= found["eager"] < 0.16 and 0.01 <= found["ours"]
+    assert 2 < found["eager"] / found["ours"] <= 8.5  # 8, less what waking up takes
+
+
+@pytest.fixture
+def one_thread():
+    """A second one waits for its core on a busy machine, spinning, whatever the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_known_copies_are_timed_right(one_thread):
+    """By the processor's clock, which stands still while others have the core."""
+    source, targets = torch.ones(1 << 23), {"eager": torch.empty(1 << 23), "ours": torch.empty(1 << 20)}
+
+    def copies(target):
+        return lambda x, weight: (target.copy_(source[: len(target)]), x * x * weight)[1]
+
+    found = samples_of({name: copies(target) for name, target in targets.items()}, timer=time.process_time)
+    assert found["eager"] > 3 * found["ours"]  # eight times as much
+    rate = 2 * targets["eager"].nbytes / found["eager"] * 1e-9
+    assert 0.2 < rate < 1000  # GB/s: no memory is further off
+
+
+def test_memory_at_its_height():
+    def temporary(x: Tensor, weight: Tensor) -> Tensor:
+        return x * x * weight + torch.zeros(1 << 18).sum()
+
+    for mode in ("forward", "both", "backward"):
+        rows = run({"eager": square, "ours": temporary}, modes=(mode,))[mode]
+        assert 0 < rows["eager"]["peak_bytes"] < 4096
+        assert (1 << 20) <= rows["ours"]["peak_bytes"] < (1 << 20) + 4096 or mode == "backward"
+        assert rows["ours"]["host_s"] is None  # a GPU's
+    failed = run({"eager": square, "ours": crashes}, modes=("forward",))["forward"]["ours"]
+    assert failed["peak_bytes"] is None
+
+
+def test_the_host_is_timed_beside_a_device(monkeypatch):
+    """By stand-ins of CUDA: what the host takes is the time until the call returns, without the wait for the device."""
+    clock, waits = [0.0], []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waits.append(clock[0]))
+    monkeypatch.setattr(harness, "peak_bytes", lambda call, device: call())
+
+    def queue(state: str) -> int:
+        assert state == "prepared"
+        clock[0] += 0.25
+        return 7
+
+    cuda = torch.device("cuda")
+    assert harness._beside(queue, lambda: "prepared", cuda, lambda: clock[0]) == {"peak_bytes": 7, "host_s": 0.25}
+    assert len(waits) == 5
+
+
+def test_whole_work_has_no_gradients_and_counts_items():
+    seen = []
+
+    def provider(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return x * x * weight
+
+    rows = run({"eager": provider, "ours": crashes}, modes=("whole",), items=(8, "pictures"))["whole"]
+    assert not any(seen) and set(rows["eager"]["errors"]) == {"y"}
+    assert rows["eager"]["items_per_s"] == pytest.approx(8 / rows["eager"]["median_s"])
+    assert rows["eager"]["item"] == "pictures" and rows["ours"]["items_per_s"] is None
 
 
 def test_inputs_in_rotation_exceed_the_cache(monkeypatch):
@@ -229,7 +314,7 @@ def test_compile_is_absent_without_a_compiler(monkeypatch):
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="modes must be among forward, backward, both, got sideways"):
+    with pytest.raises(ValueError, match="modes must be among forward, backward, both, whole, got sideways"):
         list(measure(make_work({"eager": square}, modes=("sideways",)), QUICK))
 
 
