@@ -77,6 +77,7 @@ def run(command: Sequence[object], folder: Path, **variables: str) -> "subproces
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
             raise
     return subprocess.CompletedProcess(words, child.returncode, output, "")
 

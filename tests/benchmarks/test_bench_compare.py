@@ -171,17 +171,19 @@ def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_removes_the_worktree(number: int, status: int, repository: Path) -> None:
-    commit(repository, **{"setup.py": "import time; open('_C.so', 'w').close(); time.sleep(60)"})
+    commit(repository, **{"setup.py": "import os, time; os.mkdir(f'{os.getpid()}.so'); time.sleep(60)"})
     scratch = repository.parent / "scratch"
     code = "import sys; from pathlib import Path; from scripts import bench_compare as b; "
     code += f"sys.exit(b.main(['--base', 'HEAD', '--op', 'swiglu'], Path({str(repository)!r})))"
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE) as child:
         deadline = time.monotonic() + 30
-        while not list(scratch.glob("*/base/_C.so")):
+        while not (building := list(scratch.glob("*/base/*.so"))):
             assert child.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         child.send_signal(number)
         assert child.wait(timeout=20) == status
+    with pytest.raises(ProcessLookupError):  # the build is stopped, too
+        os.kill(int(building[0].stem), 0)
     assert git(repository, "worktree", "list").count("\n") == 1
     assert not list(scratch.iterdir())
