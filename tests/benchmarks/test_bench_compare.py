@@ -104,6 +104,15 @@ def test_what_fails(times: str, flags: tuple[str, ...], status: int, repository:
     assert outcome(repository, "HEAD~1", *flags) == status
 
 
+def test_the_same_native_sources_are_not_compiled_twice(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (repository / "blip3o_fast" / "_C.so").touch()
+    commit(repository, **{"setup.py": "raise SystemExit('compiled')"})
+    assert outcome(repository, "HEAD") == 0
+    commit(repository, **{"setup.py": "raise SystemExit('with other flags')"})
+    assert outcome(repository) == 2
+    assert "the base does not build:\ncompiled" in capfd.readouterr().err
+
+
 def test_a_control_that_moves_is_the_machine(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
     commit(repository, times='{"eager": 2.0, "ours": 0.5, "new": 1.0}')
     assert outcome(repository) == 0
