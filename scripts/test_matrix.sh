@@ -18,15 +18,14 @@ floor=$(sed -n 's/^ *"torch>=2\.\([0-9]*\)".*/\1/p' pyproject.toml)
 newest_of_each_minor() {
     # "Available versions: 2.15.0, 2.14.1, 2.14.0, ...", newest first
     $python -m pip index versions torch 2>/dev/null | sed -n 's/^Available versions: //p' | tr -d ' ' | tr ',' '\n' |
-        sed 's/+.*//' | awk -F. -v floor="$floor" '$1 > 2 || $2 >= floor { if (!seen[$1 "." $2]++) print }' | sort -V
+        sed 's/+.*//' | awk -F. -v floor="$floor" '$1 > 2 || ($1 == 2 && $2 >= floor + 0) { if (!seen[$1 "." $2]++) print }' | sort -V
 }
 
 install() { # VERSION ENVIRONMENT LOG
-    # --isolated would lose the machine's own sources, so pip is only kept from this checkout's constraints.
     local pip=("$2/bin/python" -m pip install --quiet --no-cache-dir)
     if [ "$(uname -s)" != Linux ]; then
-        "${pip[@]}" "torch==$1" >"$3" 2>&1 && return # what pip has there is a CPU build
-        return 1
+        "${pip[@]}" "torch==$1" >"$3" 2>&1 # what pip has there is a CPU build
+        return
     fi
     "${pip[@]}" "torch==$1+cpu" >"$3" 2>&1 && return
     if command -v uv >/dev/null; then
@@ -51,7 +50,7 @@ for version in "$@"; do
     $python -m venv "$env"
     if ! install "$version" "$env" "$log"; then
         reason=$(grep -m 1 -i error "$log" || echo "no reason given")
-        [ "${CUDA_BUILDS:-0}" = 1 ] || reason="no CPU build could be had (CUDA_BUILDS=1 takes pip's own); $reason"
+        [ "${CUDA_BUILDS:-0}" = 1 ] || reason="pip has no CPU build here (CUDA_BUILDS=1 takes its other one); $reason"
         skipped+=("$version")
         echo "matrix: $version NOT TESTED: $reason"
         continue
