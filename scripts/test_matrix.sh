@@ -34,7 +34,8 @@ install() { # VERSION ENVIRONMENT LOG
     [ "${CUDA_BUILDS:-0}" = 1 ] && "${pip[@]}" "torch==$1" >>"$3" 2>&1
 }
 
-trap 'rm -rf "$work"/env-*' EXIT
+env=
+trap 'rm -rf "${env:-/nonexistent}"' EXIT
 mkdir -p "$work"
 [ $# -gt 0 ] || mapfile -t found < <(newest_of_each_minor)
 [ $# -gt 0 ] || set -- "${found[@]}"
@@ -51,6 +52,7 @@ for version in "$@"; do
     if ! install "$version" "$env" "$log"; then
         reason=$(grep -m 1 -i error "$log" || echo "no reason given")
         [ "${CUDA_BUILDS:-0}" = 1 ] || reason="pip has no CPU build here (CUDA_BUILDS=1 takes its other one); $reason"
+        rm -rf "$env"
         skipped+=("$version")
         echo "matrix: $version NOT TESTED: $reason"
         continue
