@@ -114,10 +114,11 @@ def test_the_same_native_sources_are_not_compiled_twice(repository: Path, capfd:
 
 
 def test_a_control_that_moves_is_the_machine(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    commit(repository, times='{"eager": 2.0, "ours": 0.5, "new": 1.0}')
+    commit(repository, times='{"eager": [2.0, 3.0, 4.0], "ours": 0.5, "new": 1.0}')
     assert outcome(repository) == 0
     out = capfd.readouterr().out
     assert "control moved: the machine, not the code" in out
+    assert "warning: 1 controls spread by more than 1.10: too busy a machine for a verdict" in out
     assert "swiglu batch=2 forward new: only here, no time from the base" in out
 
 
