@@ -221,7 +221,7 @@ def report(compared: list[Compared], broken: list[str], notes: list[str], thresh
     judged = sum(not c.control for c in compared)
     unsteady = [c for c in compared if c.control and c.ratio.p80 > threshold * c.ratio.p20]
     if unsteady:
-        print(f"warning: {len(unsteady)} controls spread by more than {threshold:.2f}: too busy a machine for a verdict")
+        print(f"warning: {len(unsteady)} controls spread by more than {threshold:.2f}: too busy a machine to judge")
     if bad:
         print(f"FAILED, threshold {threshold:.2f}:", *bad, sep="\n  ")
     elif judged:

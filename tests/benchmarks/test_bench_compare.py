@@ -118,7 +118,7 @@ def test_a_control_that_moves_is_the_machine(repository: Path, capfd: pytest.Cap
     assert outcome(repository) == 0
     out = capfd.readouterr().out
     assert "control moved: the machine, not the code" in out
-    assert "warning: 1 controls spread by more than 1.10: too busy a machine for a verdict" in out
+    assert "warning: 1 controls spread by more than 1.10: too busy a machine to judge" in out
     assert "swiglu batch=2 forward new: only here, no time from the base" in out
 
 
