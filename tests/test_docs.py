@@ -124,6 +124,6 @@ def test_make_help_lists_every_target() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)
     assert listed == (
-        "help setup demo test test-all lint type docs bench bench-cpu readme-table memory-report "
-        "sass-report launch-report gpu-check tune sanitize clean".split()
+        "help setup demo test test-all test-matrix wheels lint type docs bench bench-cpu readme-table bench-compare "
+        "memory-report sass-report launch-report gpu-check tune sanitize clean".split()
     )
