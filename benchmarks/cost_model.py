@@ -59,7 +59,8 @@ class Passes:
 # By hand, for the forward of ours, in passes over [B, T, D]: queries, keys and values by one product 1 + 4; their
 # norms and rotation 3 + 3; both attentions 4 + 1; the projection 1 + 1; residual and next norm 2 + 2; gate and up 1;
 # down 1; residual and next norm 2 + 2. Over [B, T, F]: 2, SwiGLU 2 + 1, 1. Over the context: norm 1 + 1, product 1 + 2,
-# norm of the keys 1 + 1, attention 2. The others are counts of `scripts/launch_report.py`, recounted by the tests.
+# norm of the keys 1 + 1, attention 2. The others are fitted to the counts of `scripts/launch_report.py`, with which the
+# tests compare them again.
 # "both" is forward and backward.
 PASSES = {
     ("ours", "forward", 4): Passes(1, 28, 6, 9, 13, (19, 3, 6)),
