@@ -94,7 +94,7 @@ _LARGE = 8 << 20
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """`torch.empty` on the CPU. What is large, csrc's pool gives: freed, it waits for the next of its size."""
     count = math.prod(shape)
-    if count * dtype.itemsize <= _LARGE:
+    if count * dtype.itemsize <= _LARGE or torch._C._autograd._profiler_enabled():  # which sees PyTorch's memory alone
         return torch.empty(shape, dtype=dtype)
     # The tensor keeps the block alive.
     return torch.frombuffer(_ext.C.LargeBlock(count * dtype.itemsize), dtype=dtype).view(shape)

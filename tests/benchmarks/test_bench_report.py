@@ -14,7 +14,7 @@ from benchmarks import breakdown, live, plots, readme_table, report, rows, style
 from benchmarks.cpu_goals import IN_A_BLOCK
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = ROOT / "benchmarks" / "results" / "amd-epyc-2t" / "2026-11-25-81f05fda8d.jsonl"
+COMMITTED = ROOT / "benchmarks" / "results" / "amd-epyc-2t" / "2026-11-25-bd2527ba2f.jsonl"
 MACHINE = {
     "cpu": {"model": "Example <CPU>", "flags": ["avx2"]}, "affinity": None, "logical_cores": 2, "threads": 2,
     "cache_bytes": 1 << 20, "versions": {"torch": "2"}, "commit": "abc", "dirty": False, "isa": "avx2",

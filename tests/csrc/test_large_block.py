@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blip3o_fast import _ext
+from blip3o_fast.models.peak import peak_bytes
 from blip3o_fast.ops import _cpu, merged_linear, use_backend
 
 pytestmark = pytest.mark.skipif(_ext.C is None, reason=_ext.ERROR or "built")
@@ -92,6 +93,7 @@ def test_it_keeps_no_more_than_was_in_use():
     """In a process of its own: other sizes make room for a new one."""
     program = """
 from blip3o_fast import _ext
+from blip3o_fast.models.peak import peak_bytes
 MB = 1 << 20
 kept = [_ext.C.LargeBlock(size * MB) for size in (10, 20, 30)]
 del kept
@@ -104,6 +106,17 @@ same = [_ext.C.LargeBlock(size * MB) for size in (40,)]
 assert _ext.C.large_blocks()[0] == 40 * MB
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_profiler_of_memory_sees_them():
+    x, weight = torch.randn(32, 1024), torch.randn(2304, 1024, requires_grad=True)
+
+    def backward() -> None:
+        weight.grad = None
+        with use_backend("cpu"):
+            merged_linear(x, [weight]).square().sum().backward()
+
+    assert peak_bytes(backward, torch.device("cpu")) >= weight.nbytes
 
 
 def test_gradients_of_every_step_are_their_own():
