@@ -1,8 +1,8 @@
 """What others have made of our ops, as providers: imported when a case is made, absent with the reason otherwise.
 
 Each function takes what decides whether a peer can do a case, and gives a function of the op's tensors, or `Absent`.
-diffusers' run in the tests; the signatures of the others are those of their sources as published in 2025 (liger_kernel 0.6, quack-kernels 0.2,
-flash-attn 2.7, xformers 0.0.30), tested with stand-ins and not yet run.
+diffusers' run in the tests; the signatures of the others are those of liger_kernel 0.6, quack-kernels 0.2, flash-attn
+2.7 and xformers 0.0.30, tested with stand-ins and not yet run.
 
 Left out, since they compute something else than the op: Liger's rotary embedding turns the two halves of a head, where
 Lumina turns neighbours; xformers' SwiGLU, diffusers' `LuminaFeedForward` and its attention processor contain the
