@@ -223,7 +223,8 @@ MEMORY = {
 
 
 def memory(rows: list[Row]) -> bytes:
-    """Saved for the backward, or peak, of each provider that says."""
+    """Saved for the backward, or peak, of each provider that says; of single ops the rows have it."""
+    rows = [row for row in rows if family(row["suite"]) in ("model", "other")]
     found: dict[tuple[str, str], dict[str, float]] = {}
     varying = labels(rows)
     for row in rows:
@@ -232,7 +233,7 @@ def memory(rows: list[Row]) -> bytes:
             head = f"{label(row, varying)}\n{row['case'].get('dtype', '')}"
             found.setdefault((told[0], head), {})[row["provider"]] = told[1]
     if not found:
-        raise Missing("no row of this run says how much memory was saved or used")
+        raise Missing("no row of a block or more says how much memory was saved or used")
     kinds = [kind for kind in MEMORY if any(k == kind for k, _ in found)]
     style = looks(name for bars in found.values() for name in bars)
     count = max(sum(len(b) + 0.7 for (k, _), b in found.items() if k == kind) for kind in kinds)
