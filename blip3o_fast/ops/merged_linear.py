@@ -98,8 +98,18 @@ def _check_list(name: str, tensors: Sequence[Tensor]) -> None:
 _MIN_ROWS = 2
 
 
+# Of up to 64 rows of bf16 in the forward ours took 1.1 to 1.2 of its time, where both have the processor's bf16
+# products.
+_VENDORS_BF16_ROWS = 64
+
+
 def _ours(backend: str, a: Tensor) -> bool:
     return backend == "cpu" and a.shape[0] >= _MIN_ROWS and a.dtype != torch.float64
+
+
+def _forward_is_ours(backend: str, rows: Tensor) -> bool:
+    few = rows.dtype == torch.bfloat16 and rows.shape[0] <= _VENDORS_BF16_ROWS
+    return _ours(backend, rows) and not (few and _cpu.active_isa() == "avx512_bf16")
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
@@ -155,7 +165,7 @@ def _forward(
     weight = _merged(weights, dtype)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if weight is not None:
-        if _ours(backend, rows):
+        if _forward_is_ours(backend, rows):
             # a bias is added before the one rounding
             y = _matmul(rows, weight.t(), dtype if bias is None else torch.float32, backend)
             return (y if bias is None else y.add_(bias).to(dtype)).view(*x.shape[:-1], weight.shape[0])
