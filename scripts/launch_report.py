@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_fast import ops
+from blip3o_fast.files import replacing
 from blip3o_fast.kernels._launch import assumed_capability, bytes_of, recording, recording_calls
 from blip3o_fast.models.condition import prepare
 from blip3o_fast.models.config import BLIP3oConfig
@@ -265,18 +266,18 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def report(doc: str, rows: Callable[[], list[dict[str, Any]]], table: Callable[..., str], arguments: list[str]) -> int:
+    """The command of a report: print the table of the rows; --json keeps them. doc: its help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args(arguments)
     found = rows()
     print(table(found))
     if options.json:
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(options.json)
+        with replacing(options.json) as beside:
+            beside.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(report(__doc__, rows, table, sys.argv[1:]))

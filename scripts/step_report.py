@@ -8,12 +8,9 @@ on tensors without data, those of a whole run, so that what ours makes once is i
 Launches are those of bfloat16 on an sm_90; stock's are what its forward, the guidance and the update dispatch.
 """
 
-import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +24,7 @@ from blip3o_fast.models.eager import eager_forward
 from blip3o_fast.models.launches import fake_model
 from blip3o_fast.ops._library import _IMPLEMENTATIONS
 from blip3o_fast.sampling import Sampler
-from scripts.launch_report import cost
+from scripts.launch_report import cost, report
 
 STEPS, LAYERS = 30, 24
 NETWORKS = {"BLIP3-o (context projection)": True, "stock diffusers": False}
@@ -148,18 +145,5 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    options = parser.parse_args(arguments)
-    found = rows()
-    print(table(found))
-    if options.json:
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(options.json)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(report(__doc__, rows, table, sys.argv[1:]))

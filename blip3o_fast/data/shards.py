@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_fast.files import replacing
+
 FORMAT_VERSION = 1
 META, INDEX = "meta.json", "index.jsonl"
 _SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
@@ -82,16 +84,11 @@ def shard_name(number: int) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file beside its place, then rename it there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write a small file beside its place and, once it is on the disk, rename it there."""
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class ShardWriter:

@@ -6,7 +6,6 @@ are what the model should have generated. The nearest pictures of the run's coll
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from dataclasses import dataclass, fields
@@ -27,6 +26,7 @@ from blip3o_fast.demo.try_neighbours import Tried, block, collect, compare, desc
 from blip3o_fast.demo.try_sheet import draw
 from blip3o_fast.evaluation.samples import load_model
 from blip3o_fast.evaluation.settings import SamplingSettings, device_named
+from blip3o_fast.files import replacing
 from blip3o_fast.ops._philox import normal_noise_at
 from blip3o_fast.sampling import prepare, sample
 from blip3o_fast.training.checkpoints import read_run
@@ -264,11 +264,6 @@ def _generate(model: BLIP3oDiT, condition: Tensor, settings: TrySettings, run: d
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write beside, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         beside.write_bytes(data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ held-out ones, as many; what a perfect generator would reach.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.evaluation import baselines, metrics
 from blip3o_fast.evaluation.samples import Samples, generate, load_model, read_samples
 from blip3o_fast.evaluation.settings import DEFAULTS, SamplingSettings, device_named
+from blip3o_fast.files import replacing
 
 SYSTEMS = {
     "": "generated",
@@ -210,6 +210,5 @@ def table(result: dict[str, float]) -> str:
 
 def _write(path: Path, result: dict[str, float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")

@@ -7,7 +7,6 @@ The file has, for S steps, ``generated`` (float32 ``[S, T, C]``), ``condition`` 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.evaluation.samples import check_width, load_model
 from blip3o_fast.evaluation.settings import SamplingSettings, check_whole, device_named
+from blip3o_fast.files import replacing
 from blip3o_fast.sampling import prepare
 from blip3o_fast.sampling.generate import noise_of
 from blip3o_fast.sampling.interpolate import METHODS, conditions_between, interpolate, steps_between
@@ -127,13 +127,8 @@ def nearest(generated: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write beside, then rename."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         save_file(tensors, beside, metadata=metadata)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

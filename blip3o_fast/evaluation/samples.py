@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.reader import fingerprint
 from blip3o_fast.evaluation.settings import OUTPUT, SampleSettings, SamplingSettings, device_named
+from blip3o_fast.files import replacing
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.reading import AVERAGED_WEIGHTS
 from blip3o_fast.sampling import generate_from_dataset, prepare, sample
@@ -172,22 +172,17 @@ def describe(settings: SampleSettings) -> dict[str, str]:
 
 
 def write_samples(path: Path, samples: Samples) -> None:
-    """Write beside, then rename."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {
         "generated": samples.generated.float().contiguous(),
         "target": samples.target.float().contiguous(),
         "condition": samples.condition.float().contiguous(),
         "index": samples.index.contiguous(),
     }
-    try:
+    with replacing(path) as beside:
         save_file(tensors, beside, metadata=samples.metadata)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_samples(path: str | Path, dataset: EmbeddingDataset) -> Samples:

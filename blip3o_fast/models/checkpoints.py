@@ -6,7 +6,6 @@ diffusers' `from_pretrained` loads it. Files are written beside and renamed: a r
 """
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip3o_fast.files import replacing
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.layout import lay_out
 from blip3o_fast.models.matching import compare_names, report, strip_prefix
@@ -52,12 +52,8 @@ def save(model: Any, folder: Path) -> None:
             "options=StateDictOptions(full_state_dict=True)) and load_state_dict into a model of the same config"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{name}.{os.getpid()}"
-    try:
+    with replacing(folder / name) as beside:
         save_file(state, str(beside), metadata={"format": "pt"})
-        os.replace(beside, folder / name)
-    finally:
-        beside.unlink(missing_ok=True)
     # Any other weights in the folder are those of an earlier save; a reader could take them for these.
     for stale in (*WEIGHTS, *(f"{n}{INDEX}" for n in (*WEIGHTS, *PICKLED)), *PICKLED):
         if stale != name:
@@ -67,16 +63,8 @@ def save(model: Any, folder: Path) -> None:
     else:
         model.normalizer.save(folder)
     values = model.config.to_stock_dict() if stock else model.config.to_dict()
-    _write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(folder / CONFIG) as beside:
+        beside.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

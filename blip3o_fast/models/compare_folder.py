@@ -7,7 +7,6 @@ context projection): the eager forward, stock's sequence over our modules, and `
 import copy
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blip3o_fast.files import replacing
 from blip3o_fast.models.compare import Comparison, compare
 from blip3o_fast.models.eager import eager_forward
 from blip3o_fast.models.fuse import fuse
@@ -128,7 +128,6 @@ def compare_folder(settings: CompareSettings) -> tuple[Comparison, bool]:
     if settings.json is not None:
         values = {**found.to_dict(), "tolerance": settings.tolerance, "within_tolerance": within}
         settings.json.parent.mkdir(parents=True, exist_ok=True)
-        beside = settings.json.with_name(f".{settings.json.name}.{os.getpid()}")
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, settings.json)
+        with replacing(settings.json) as beside:
+            beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return found, within

@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blip3o_fast.files import replacing
 from blip3o_fast.models.normalizer_fit import fit_statistics
 
 FILE_NAME = "normalizer.safetensors"
@@ -209,12 +210,8 @@ class FeatureNormalizers:
                 tensors[f"{side}.{name}"] = value.detach().cpu().float().contiguous().clone()
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as beside:
             save_file(tensors, beside, metadata=header)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
         return path
 
     @classmethod

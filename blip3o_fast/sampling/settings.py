@@ -6,12 +6,12 @@ features = sample(model, condition, **settings.arguments())
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.files import replacing
 from blip3o_fast.flow.solvers import sigma_grid
 from blip3o_fast.sampling.arguments import Arguments
 
@@ -110,12 +110,8 @@ class SamplerSettings:
     def write(self, folder: str | Path) -> Path:
         """Into `sampler.json` of an existing folder, beside first, then renamed; returns its path."""
         path = Path(folder) / FILE
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as beside:
             beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
         return path
 
 

@@ -13,12 +13,12 @@ Trainer's and are read with ``weights_only=True``.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.files import replacing
 from blip3o_fast.models.reading import OUR_WEIGHTS, STOCK_WEIGHTS
 
 MARKER = "complete.json"
@@ -30,9 +30,8 @@ _STATE = "trainer_state.json"
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside and rename, so that a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
 def read_run(output_dir: Path) -> dict[str, Any] | None:
@@ -133,9 +132,8 @@ def truncate_metrics(path: Path, step: int) -> None:
             continue
         if entry.get("step", 0) <= step and not entry.get("finished"):
             kept.append(line)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text("".join(line + "\n" for line in kept))
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text("".join(line + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from blip3o_fast.files import replacing
+
 FILE_NAME = "ema.safetensors"
 
 
@@ -69,12 +71,10 @@ class EMA:
         """Write ``ema.safetensors`` (beside, then renamed)."""
         from safetensors.torch import save_file
 
-        path = Path(folder) / FILE_NAME
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {name: value.contiguous() for name, value in self.average.items()}
         metadata = {"format": "pt", "decay": repr(self.decay), "updates": str(self.updates)}
-        save_file(tensors, beside, metadata=metadata)
-        os.replace(beside, path)
+        with replacing(Path(folder) / FILE_NAME) as beside:
+            save_file(tensors, beside, metadata=metadata)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Read what `save` wrote, into this average; ValueError where names or shapes differ."""
