@@ -143,6 +143,8 @@ def test_one_optimizer_across_the_change(first: Any, around: Any) -> None:
     run += train(other, optimizer, data[20:])
     assert_same_run(run, expected)
     assert expected[-1][0] < expected[0][0], "nothing was learned"
+    (ours, _), (theirs, _) = other(*data[0]), stock(*data[0])
+    assert (ours - theirs).abs().max() <= 1e-5
     for name, p in stock.named_parameters():
         if p.requires_grad and not name.endswith(NO_GRADIENT):
             moved = (p - start[name]).norm()
