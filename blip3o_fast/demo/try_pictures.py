@@ -119,8 +119,11 @@ def try_pictures(settings: TrySettings, encoders: tuple[Encoder, Encoder] | None
         encoders = recorded_encoders(embeddings, dataset.config, settings.trust_remote_code, settings.device)
     _check_widths(model, dataset, embeddings)
     collection = collect(embeddings, dataset, model_path)
-    typer.echo(f"{len(pictures)} of {encoders[0].name} -> {encoders[1].name}, guidance {run['guidance_scale']:g}, "
-               f"{run['num_steps']} steps; neighbours among {len(collection.names)} pictures")  # fmt: skip
+    given = f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'}"
+    typer.echo(
+        f"{given}: {encoders[0].name} -> {encoders[1].name}, guidance {run['guidance_scale']:g}, "
+        f"{run['num_steps']} steps; neighbours among {len(collection.names)} pictures"
+    )
 
     condition, target = (_features(encoder, pictures) for encoder in encoders)
     generated = _generate(model, condition, settings, run)
