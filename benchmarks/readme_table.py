@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.cpu_goals import Rows
 from benchmarks.rows import Recorded, choose
 from benchmarks.table import seconds
+from blip3o_fast.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = re.compile(r"<!-- table: (?P<file>\S+) isa=(?P<isa>\w+) -->\n")
@@ -80,9 +81,8 @@ def main(arguments: list[str], readme: Path = ROOT / "README.md") -> int:
     if options.check:
         print("the table is the file's" if made == text else "the table differs from its file: make readme-table")
         return int(made != text)
-    beside = readme.with_name(f".{readme.name}.tmp")
-    beside.write_text(made)
-    beside.replace(readme)
+    with replacing(readme) as beside:
+        beside.write_text(made)
     print(f"{readme.name}: {'unchanged' if made == text else 'rewritten'}")
     return 0
 

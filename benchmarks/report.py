@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import breakdown, plots, table
 from benchmarks.rows import Recorded, choose
+from blip3o_fast.files import replacing
 
 NEEDS_MATPLOTLIB = 'the figures need matplotlib: pip install -e ".[bench]" (or ".[report]")'
 _SPEED = (
@@ -79,9 +80,8 @@ def write(report: Report, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     contents = {f"{name}.png": data for name, data in report.figures.items()}
     for name, data in {**contents, "report.html": render(report).encode()}.items():
-        beside = folder / f".{name}.tmp"
-        beside.write_bytes(data)
-        beside.replace(folder / name)
+        with replacing(folder / name) as beside:
+            beside.write_bytes(data)
     return folder / "report.html"
 
 

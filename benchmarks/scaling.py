@@ -20,6 +20,7 @@ import torch
 from benchmarks import cost_model, machine, model_block, model_step
 from benchmarks.harness import Settings, measure
 from benchmarks.work import Work
+from blip3o_fast.files import replacing
 from blip3o_fast.models import BLIP3oConfig
 from blip3o_fast.timing import interleaved
 
@@ -132,9 +133,8 @@ def all_reduces(world: int, rounds: int, payloads: tuple[int, ...] = PAYLOADS) -
 
 
 def save(data: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def run(

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks import cost_model
 from benchmarks.cost_model import Machine
 from benchmarks.scaling import BASE, Point
+from blip3o_fast.files import replacing
 from blip3o_fast.models import BLIP3oConfig
 
 REFERENCE = Point("batch", BASE["batch"], **BASE)
@@ -206,9 +207,8 @@ def write_page(data: dict[str, Any], path: Path, pictures: Sequence[Path] = ()) 
         f"\n![{PICTURES[picture.stem.removeprefix('scaling_')]}]({os.path.relpath(picture, path.parent)})\n"
         for picture in pictures
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text(f"{before}{BEGIN}\n\n{tables(data)}\n{links}\n{END}{rest.split(END)[1]}")
-    partial.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(f"{before}{BEGIN}\n\n{tables(data)}\n{links}\n{END}{rest.split(END)[1]}")
 
 
 def draw(data: dict[str, Any], folder: Path) -> Iterator[Path]:
