@@ -68,8 +68,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "env": show_env,
 }
+# Flags that are not ours may be transformers': `training.passed_on` takes them or says what is meant.
+PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 for name, verb in VERBS.items():
-    app.command(name=name)(verb)
+    app.command(name=name, context_settings=PASSES_ON if name == "train" else None)(verb)
 
 
 def _usage_error(error: Exception) -> tuple[str, str | None]:

@@ -52,9 +52,8 @@ def device_for(settings: TrainSettings) -> torch.device:
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = torch.device("cuda" if available and settings.device != "cpu" else "cpu")
     if settings.fp16 and device.type == "cpu":
-        raise ValueError(
-            "--fp16 needs a GPU: on a CPU the Trainer would silently train in fp32; use --bf16, or neither for fp32"
-        )
+        print("warning: --fp16 has no effect on a CPU, which trains in fp32 here; --bf16 is real", flush=True)
+        settings.fp16 = False
     if settings.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --fp16, or neither for fp32")
     return device
@@ -282,7 +281,8 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
             f"device      {name}" + (f", {world} processes" if world > 1 else ""),
             f"dtype       {dtype_line(settings, device)}",
             f"network     {parameters / 1e6:.2f} M parameters: width {config.hidden_size}, {config.num_layers} layers, "
-            f"{config.num_attention_heads} heads of {config.head_dim}, FFN {config.ffn_dim}",
+            f"{config.num_attention_heads} heads of {config.head_dim}, FFN {config.ffn_dim}"
+            + (f", preset {settings.preset}" if settings.preset else ""),
             f"data        {len(data.conditions)} training and {len(data.held_out_conditions)} held-out pictures, "
             f"condition {list(data.conditions.shape[1:])}, target {list(data.targets.shape[1:])} "
             f"(normalize {target.spec}, {100 * target.explained_variance:.0f} % of the variance)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ import torch
 from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
-from blip3o_fast.training import checkpoints, prepare
+from blip3o_fast.ops import use_attention, use_backend
+from blip3o_fast.training import checkpoints, estimate, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
 from blip3o_fast.training.resume import (
     check_same_run,
@@ -46,6 +48,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint of the last finished step has been written.
     """
     settings.check()
+    with use_backend(settings.backend), use_attention(settings.attention_backend):
+        return _train(settings)
+
+
+def _train(settings: TrainSettings) -> dict[str, Any]:
     _need_libraries()
     resume = resume_point(settings)
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
@@ -60,7 +67,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         more = "more with a larger --max_steps or --num_epochs"
         say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; {more}")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
-    model = prepare.model_for(settings, data, start, read_config(resume) if resume else None)
+    if start is not None:
+        config = start.config
+    else:
+        config = read_config(resume) if resume else prepare.config_for(settings, data)
+    estimate.check_memory(settings, data, device, config)
+    model = prepare.model_for(settings, data, start, config)
     if resume:
         tell_other_length(earlier, steps)
     say(prepare.header(settings, data, model, device, steps, world))
@@ -69,7 +81,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if resume:
         say(f"resuming    {resume}")
     if settings.dry_run:
-        say(f"dry run     {_dry_step(settings, data, model, device)}\nNothing was written.")
+        text, seconds = _dry_step(settings, data, model, device)
+        say(f"dry run     {text}")
+        say(estimate.plan(settings, data, model.config, device, steps, world, seconds) + "\nNothing was written.")
         return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
     return _run(settings, data, model, device, steps, resume, earlier)
 
@@ -94,27 +108,33 @@ def _flow_loss(settings: TrainSettings, model: BLIP3oDiT) -> Any:
         shift=settings.timestep_shift,
         condition_dropout=settings.condition_dropout,
         regularization_weight=settings.regularization_weight,
+        weighting=settings.loss_weighting,
     )
 
 
-def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> str:
-    """One forward and backward pass of the first batch."""
+def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> tuple[str, float]:
+    """Forward and backward of the first batch, twice: what happened, and the seconds of a step by the second."""
     from blip3o_fast.training.stream import SampleOrder
 
     model.to(device)
     pictures = SampleOrder(len(data.conditions), settings.seed).pictures(0, settings.batch_size)
     dtype = torch.float16 if settings.fp16 else torch.bfloat16
-    with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
-        loss, _ = _flow_loss(settings, model)(
-            model,
-            data.targets[pictures].to(device),
-            data.conditions[pictures].to(device),
-            seed=settings.seed,
-            sample_index=0,
-        )
-    loss.backward()
+    for _ in range(2):  # the first one also warms up
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
+            loss, _ = _flow_loss(settings, model)(
+                model,
+                data.targets[pictures].to(device),
+                data.conditions[pictures].to(device),
+                seed=settings.seed,
+                sample_index=0,
+            )
+        loss.backward()
+        value = float(loss.detach())  # waits for the device
+        seconds = time.perf_counter() - start
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if device.type == "cuda" else ""
-    return f"one batch forward and backward works, loss {float(loss.detach()):.4f}{memory}"
+    text = f"one batch forward and backward works, loss {value:.4f}{memory}"
+    return text, seconds * settings.gradient_accumulation_steps
 
 
 def _run(

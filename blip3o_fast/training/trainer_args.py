@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import netrc
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -21,7 +22,12 @@ def training_arguments(
     if wandb:
         # The Trainer's wandb callback reads the project from here alone in the oldest version that we support.
         env.set_default("WANDB_PROJECT", settings.wandb_project)
-    args = TrainingArguments(
+    given = dict(settings.training_arguments)
+    report_to = [*(["wandb"] if wandb else []), *_reports(given.pop("report_to", []))]
+    scheduler, scheduler_options = settings.lr_scheduler, given.pop("lr_scheduler_kwargs", None)
+    if settings.min_learning_rate:
+        scheduler, scheduler_options = "cosine_with_min_lr", {"min_lr": settings.min_learning_rate}
+    fixed = dict(
         output_dir=str(settings.output_dir),
         max_steps=total_steps,
         per_device_train_batch_size=settings.batch_size,
@@ -32,7 +38,8 @@ def training_arguments(
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type=settings.lr_scheduler,
+        lr_scheduler_type=scheduler,
+        **({} if scheduler_options is None else {"lr_scheduler_kwargs": scheduler_options}),
         warmup_steps=warmup_steps(settings, total_steps),
         bf16=settings.bf16,
         fp16=settings.fp16,
@@ -47,7 +54,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=None,  # ours: it deletes only after the new checkpoint is whole
-        report_to=["wandb"] if wandb else [],
+        report_to=list(dict.fromkeys(report_to)),
         run_name=settings.wandb_run_name or Path(settings.output_dir).name,
         disable_tqdm=True,  # our own progress
         dataloader_num_workers=settings.num_workers,
@@ -57,10 +64,16 @@ def training_arguments(
         label_names=["target"],
         ddp_find_unused_parameters=False,
     )
+    args = TrainingArguments(**{**fixed, **given})
     # Several visible GPUs in one process would mean DataParallel; torchrun is the way to use them.
     if args.n_gpu > 1:
         args._n_gpu = 1
     return args
+
+
+def _reports(given: Any) -> list[str]:
+    names = [given] if isinstance(given, str) else list(given)
+    return [name for name in names if name != "none"]
 
 
 def wandb_is_ready() -> tuple[bool, str]:
