@@ -14,6 +14,7 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_bench import bench
+from blip3o_fast.cli_download import download
 from blip3o_fast.cli_export import export
 from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
@@ -54,6 +55,7 @@ def top(
 
 # In the order of the job, which is the order in which help lists them.
 VERBS: dict[str, Callable[..., None]] = {
+    "download": download,
     "extract": extract,
     "train": train,
     "tune-sampler": tune_sampler,
@@ -90,6 +92,7 @@ def _extra_for(module: str) -> str | None:
         "transformers": "train",
         "accelerate": "train",
         "PIL": "data",
+        "huggingface_hub": "data",
         "matplotlib": "report",
         "wandb": "wandb",
         "diffusers": "demo",

@@ -30,6 +30,7 @@ LAYERS = {
     "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "files", "env"},
     "cli": {
         "cli_bench",
+        "cli_download",
         "cli_export",
         "cli_interpolate",
         "cli_train",
@@ -39,6 +40,7 @@ LAYERS = {
         "env",
     },
     "cli_bench": {"cli_verbs"},
+    "cli_download": {"cli_verbs", "data"},
     "cli_export": {"cli_verbs", "models", "env"},
     "cli_interpolate": {"cli_verbs", "evaluation"},
     "cli_train": {"training", "env"},
