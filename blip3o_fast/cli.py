@@ -16,6 +16,7 @@ from blip3o_fast import __version__, env
 from blip3o_fast.cli_bench import bench
 from blip3o_fast.cli_download import download
 from blip3o_fast.cli_export import export
+from blip3o_fast.cli_features import convert, inspect
 from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
 from blip3o_fast.cli_try import try_pictures
@@ -57,6 +58,8 @@ def top(
 VERBS: dict[str, Callable[..., None]] = {
     "download": download,
     "extract": extract,
+    "inspect": inspect,
+    "convert": convert,
     "train": train,
     "tune-sampler": tune_sampler,
     "sample": sample,
