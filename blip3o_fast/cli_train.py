@@ -46,6 +46,10 @@ def train(
     init_from: Annotated[
         str | None, option("init_from", NETWORK, "Folder or hub name of a trained model to start from.")
     ] = None,
+    init_optimizer: Annotated[
+        str | None,
+        option("init_optimizer", NETWORK, "And its AdamW state: optimizer.pt, a checkpoint, or .safetensors."),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, option("gradient_checkpointing", NETWORK, "Recompute the blocks in backward: less memory, slower.")
     ] = False,

@@ -24,9 +24,8 @@ FREE_ON_RESUME = frozenset(
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
         "max_bad_steps", "load_best_model_at_end", "wandb_project", "wandb_run_name", "no_wandb", "device",
-        "compile_model", "gradient_checkpointing",
-        "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path", "init_from", "max_steps",
-        "num_epochs", "normalize_embeddings", "progress",
+        "compile_model", "gradient_checkpointing", "resume_from_checkpoint", "debug", "dry_run", "output_dir",
+        "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "normalize_embeddings", "progress",
     }
 )  # fmt: skip
 
@@ -49,6 +48,7 @@ class TrainSettings:
     ffn_dim_multiplier: float | None = None
     context_projection: bool | None = None
     init_from: str | None = None  # folder or hub name of a trained model whose weights are the start
+    init_optimizer: str | None = None  # and the state of its optimizer, see `optimizer_state`
     gradient_checkpointing: bool = False
 
     # Optimisation. `max_steps` wins over `num_epochs`.
@@ -132,6 +132,8 @@ class TrainSettings:
         ]
         if self.normalize_embeddings and self.normalize != "l2":
             problems.append(f"--normalize_embeddings means --normalize l2, but --normalize is {self.normalize!r}")
+        if self.init_optimizer and not self.init_from:
+            problems.append("--init_optimizer needs --init_from: an optimizer's state belongs to the weights")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 exclude each other: give one of them")
         if self.load_best_model_at_end and (self.eval_split == 0 or self.save_steps % self.eval_steps):

@@ -119,10 +119,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def best_whole(output_dir: Path) -> Path | None:
     """The whole checkpoint with the lowest evaluation loss, the earlier one of two; None where none was evaluated."""
     whole = [path for path in checkpoints(output_dir) if what_is_missing(path) is None]
-    losses = [(read_state(path).get("eval_loss"), path) for path in whole]
-    return min(
-        ((loss, path) for loss, path in losses if loss is not None), key=lambda pair: pair[0], default=(0, None)
-    )[1]
+    losses = {path: read_state(path).get("eval_loss") for path in whole}
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(evaluated, key=evaluated.__getitem__, default=None)
 
 
 def rotate(output_dir: Path, keep: int | None, *, keep_best: bool = False) -> None:

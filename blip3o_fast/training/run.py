@@ -19,6 +19,7 @@ from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
 from blip3o_fast.training import checkpoints, prepare, saving
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
     check_same_run,
     is_finished,
@@ -51,6 +52,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from and not resume else None
+    if start is not None and settings.init_optimizer:
+        read_named_state(settings.init_optimizer, start)  # what is wrong with it is said now
     data = prepare.load_data(settings, normalizer=stored_normalizer(resume) or getattr(start, "normalizer", None))
     world = int(env.read("WORLD_SIZE") or "1")
     check_same_run(settings, earlier, data, resume, world)
@@ -164,6 +167,7 @@ def _run(
         linear_loss=lines["training"],
         max_bad_steps=settings.max_bad_steps,
         keys=data.keys,
+        init_optimizer=None if resume else settings.init_optimizer,
         record={"settings": settings.to_dict(), "data": data.describe(), "versions": _versions()},
     )
     from transformers import PrinterCallback

@@ -27,6 +27,7 @@ from blip3o_fast.training import checkpoints, saving
 from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
 from blip3o_fast.training.finite import FiniteWatch, NonFiniteError
+from blip3o_fast.training.optimizer_state import load_named_state, read_named_state
 from blip3o_fast.training.parts import Sized, Window, without_config
 from blip3o_fast.training.stream import BatchStream, SampleOrder, stream_loader
 from blip3o_fast.training.sums import MetricSums
@@ -52,6 +53,7 @@ class BLIP3oTrainer(Trainer):
         max_bad_steps: so many steps in a row whose loss or gradient is not finite stop the run (`finite`).
         keys: names of the training pictures, for such a message.
         record: settings, data and versions, kept in each checkpoint's state.json.
+        init_optimizer: what `optimizer_state.read_named_state` takes: the state that the optimizer begins with.
         callbacks: as in the Trainer.
     """
 
@@ -69,6 +71,7 @@ class BLIP3oTrainer(Trainer):
         max_bad_steps: int = 3,
         keys: Sequence[str] | None = None,
         record: dict[str, Any] | None = None,
+        init_optimizer: str | Path | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         if len(conditions) != len(targets) or not len(conditions):
@@ -84,6 +87,7 @@ class BLIP3oTrainer(Trainer):
         self.linear_loss = linear_loss
         self.keys = keys
         self.record = {} if record is None else record
+        self.init_optimizer = init_optimizer
         self.last_evaluation: tuple[int, float] = (-1, 0.0)  # step and loss
         self.sums = MetricSums()
         self.grad_norm: Tensor | None = None
@@ -140,6 +144,12 @@ class BLIP3oTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices. The Trainer goes by class and name, and would decay most RMSNorms and gates."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.init_optimizer is not None:
+            load_named_state(self.model, optimizer, read_named_state(self.init_optimizer, self.model))
+        return optimizer
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,8 @@ def trainer_for(output: Path, model: nn.Module | None = None, **changes: Any) ->
     conditions, targets = make_embeddings()
     steps = changes.pop("max_steps", 8)
     changes = {"batch_size": 4, "learning_rate": 1e-2, "save_steps": 4, "logging_steps": 2, "eval_steps": 4} | changes
-    settings = TrainSettings("unused", output, max_steps=steps, warmup_steps=2, **changes)
+    changes = {"warmup_steps": 2} | changes
+    settings = TrainSettings("unused", output, max_steps=steps, **changes)
     args = training_arguments(settings, total_steps=steps, on_cpu=True, evaluates=True)
     trainer = BLIP3oTrainer(
         model,
@@ -82,6 +83,7 @@ def trainer_for(output: Path, model: nn.Module | None = None, **changes: Any) ->
         validation=Validation(conditions[40:], targets[40:], model.config),
         ema_decay=settings.ema_decay,
         linear_loss=1.0,
+        init_optimizer=settings.init_optimizer,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.stop = StopRequest()
