@@ -219,7 +219,7 @@ def _run(
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
     _leave_group()
-    return {"status": "finished", "step": step, "output_dir": str(output), **last}
+    return {**last, "status": "finished", "step": step, "output_dir": str(output)}
 
 
 def _out_of_memory(settings: TrainSettings, error: Exception) -> str:

@@ -27,7 +27,9 @@ from blip3o_fast.training import checkpoints, saving
 from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
 from blip3o_fast.training.finite import FiniteWatch, NonFiniteError
+from blip3o_fast.training.loader import dead_workers_named
 from blip3o_fast.training.optimizer_state import load_named_state, read_named_state
+from blip3o_fast.training.optimizers import check_optimizer
 from blip3o_fast.training.parts import Sized, Window, without_config
 from blip3o_fast.training.stream import BatchStream, SampleOrder, stream_loader
 from blip3o_fast.training.sums import MetricSums
@@ -80,6 +82,7 @@ class BLIP3oTrainer(Trainer):
             )
         if args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns must be False: the batches are not forward()'s arguments")
+        check_optimizer(args.optim)
         self.conditions, self.targets = conditions, targets
         self.order = SampleOrder(len(conditions), args.seed)
         self.loss_function = loss_function
@@ -150,6 +153,10 @@ class BLIP3oTrainer(Trainer):
         if self.init_optimizer is not None:
             load_named_state(self.model, optimizer, read_named_state(self.init_optimizer, self.model))
         return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with dead_workers_named():
+            return super().train(*args, **kwargs)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 

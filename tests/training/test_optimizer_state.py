@@ -15,49 +15,17 @@ from blip3o_fast.training.optimizer_state import (
 )
 from blip3o_fast.training.stream import SampleOrder
 
-SIZES = {"sample_size": 4, "in_channels": 6, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2,
-         "multiple_of": 8, "cross_attention_dim": 12}  # fmt: skip
 RATE = 1e-3
 # Stock's RMSNorm takes the mean square in fp32, also of an fp64 network; so a thousandth of one step of the optimizer.
 CLOSE = 1e-3 * RATE
 
 
-def stock_network():
-    from diffusers import LuminaNextDiT2DModel
-
-    network = LuminaNextDiT2DModel(**SIZES, patch_size=1, num_kv_heads=2, learn_sigma=False).double()
-    with torch.no_grad():
-        network.pad_token.zero_()  # stock leaves uninitialised memory
-        for name, parameter in network.named_parameters():
-            if name.endswith("gate"):
-                parameter.add_(0.3)  # zero hides half of the network
-    return network
-
-
-class AsSequence(nn.Module):
-    """Stock's network called as ours: [B, T, C] in and out."""
-
-    def __init__(self, network):
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-
-        super().__init__()
-        self.network = network
-        self.rope = get_2d_rotary_pos_embed_lumina(8, 384, 384)
-
-    def forward(self, x, timestep, context):
-        batch, tokens, channels = x.shape
-        image = x.transpose(1, 2).reshape(batch, channels, 4, 4)
-        mask = torch.ones(context.shape[:2], dtype=torch.bool)
-        out = self.network(image, timestep, context, mask, self.rope, {}).sample
-        return out.reshape(batch, channels, tokens).transpose(1, 2)
-
-
-def train_stock(network, optimizer, data, seed, steps):
+def train_stock(stock, network, optimizer, data, seed, steps):
     """A plain loop over diffusers' network with torch's AdamW, on the samples that a run with this seed sees."""
     conditions, targets = data
-    loss_function = FlowMatchingLoss.from_config(BLIP3oDiT({**SIZES, "context_projection": False}).config)
+    loss_function = loss_of(stock)
     order = SampleOrder(len(conditions), seed)
-    model = AsSequence(network).train()
+    model = stock.as_sequence(network).train()
     for step in range(steps):
         pictures = order.pictures(4 * step, 4)
         loss, _ = loss_function(model, targets[pictures], conditions[pictures], seed=seed, sample_index=4 * step)
@@ -65,6 +33,10 @@ def train_stock(network, optimizer, data, seed, steps):
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+
+
+def loss_of(stock):
+    return FlowMatchingLoss.from_config(BLIP3oDiT({**stock.sizes, "context_projection": False}).config)
 
 
 def adamw(network):
@@ -75,35 +47,33 @@ def difference(ours, theirs):
     return max(float((ours[name].double() - theirs[name]).abs().max()) for name in theirs)
 
 
-def test_three_steps_there_and_three_here_are_six_there_and_back_again(tmp_path, make_trainer):
+def test_three_steps_there_and_three_here_are_six_there_and_back_again(tmp_path, make_trainer, stock):
     torch.manual_seed(1)
-    data_of = make_trainer(tmp_path / "unused")
-    data = data_of.conditions.double(), data_of.targets.double()
-    stock = stock_network()
-    optimizer = adamw(stock)
-    train_stock(stock, optimizer, data, seed=7, steps=3)
-    stock.save_pretrained(tmp_path / "stock")
+    data = tuple(features[:40].double() for features in stock.data)  # what make_trainer trains on
+    network = stock.network().double()
+    optimizer = adamw(network)
+    train_stock(stock, network, optimizer, data, seed=7, steps=3)
+    network.save_pretrained(tmp_path / "stock")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    begun = {name: value.clone() for name, value in stock.state_dict().items()}
+    begun = {name: value.clone() for name, value in network.state_dict().items()}
 
     def here(name, init_optimizer):
         model = BLIP3oDiT.from_pretrained(tmp_path / "stock", torch_dtype=torch.float64)
         changes = {"learning_rate": RATE, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler": "constant"}
         trainer = make_trainer(
             tmp_path / name, model=model, max_steps=3, seed=42, ema_decay=0.0, save_steps=3, eval_steps=99,
-            init_optimizer=init_optimizer, loss_function=loss_function, **changes,
+            init_optimizer=init_optimizer, loss_function=loss_of(stock), **changes,
         )  # fmt: skip
         trainer.conditions, trainer.targets = data
         trainer.validation = None
         trainer.train()
         return trainer
 
-    loss_function = FlowMatchingLoss.from_config(BLIP3oDiT({**SIZES, "context_projection": False}).config)
     trainer = here("here", tmp_path / "optimizer.pt")
     forgetful = here("forgetful", None)
 
-    train_stock(stock, optimizer, data, seed=42, steps=3)
-    six = {name: value.clone() for name, value in stock.state_dict().items()}
+    train_stock(stock, network, optimizer, data, seed=42, steps=3)
+    six = {name: value.clone() for name, value in network.state_dict().items()}
     moved = difference(six, begun)
     assert moved > RATE
     assert difference(trainer.model.state_dict(), six) <= CLOSE
@@ -116,9 +86,9 @@ def test_three_steps_there_and_three_here_are_six_there_and_back_again(tmp_path,
     back = LuminaNextDiT2DModel.from_pretrained(folder, torch_dtype=torch.float64)
     again = adamw(back)
     load_named_state(back, again, read_named_state(folder, back))
-    train_stock(back, again, data, seed=8, steps=3)
-    train_stock(stock, optimizer, data, seed=8, steps=3)
-    assert difference(back.state_dict(), stock.state_dict()) <= CLOSE
+    train_stock(stock, back, again, data, seed=8, steps=3)
+    train_stock(stock, network, optimizer, data, seed=8, steps=3)
+    assert difference(back.state_dict(), network.state_dict()) <= CLOSE
 
 
 def test_a_named_state_is_written_read_and_taken_up_bit_for_bit(tmp_path):
