@@ -11,24 +11,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def hurt(embeddings, folder, kills, seed):
+def hurt(embeddings, folder, kills, seed, ranks=1):
     command = [sys.executable, str(ROOT / "tests" / "training" / "faults.py"), str(embeddings), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(kills), str(seed)], capture_output=True, text=True, env=environment, timeout=1200, cwd=ROOT
+        [*command, str(kills), str(seed), str(ranks)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=1200,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     with_counts = {name: value for name, value in report.items() if isinstance(value, int)}
     print(with_counts)
     assert report["unexpected"] == [] and report["differences"] == []
-    assert report["kills"] == kills and report["kills_in_a_save"] >= 1
-    assert report["samples_lost"] == 0
+    assert report["kills"] == kills and report["samples_lost"] == 0
     return report
 
 
 def test_killed_terminated_and_out_of_disk(embeddings, tmp_path):
     report = hurt(embeddings, tmp_path, kills=2, seed=1)
+    assert report["kills_in_a_save"] >= 1 and report["runs"] == 3
     status, error = report["full_disk"]
     assert status == "failed" and error.startswith("CheckpointError: ")
     assert "checkpoint-6 could not be written" in error and "GB are free" in error
@@ -42,3 +47,10 @@ def test_killed_terminated_and_out_of_disk(embeddings, tmp_path):
 def test_many_kills(embeddings, tmp_path):
     report = hurt(embeddings, tmp_path, kills=60, seed=2)
     assert report["kills_in_a_save"] >= 5 and report["runs"] >= 20
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed(embeddings, tmp_path):
+    """Weights, averages and optimizer states bit for bit: gloo adds two numbers in one order only."""
+    report = hurt(embeddings, tmp_path, kills=10, seed=3, ranks=2)
+    assert report["runs"] >= 5
