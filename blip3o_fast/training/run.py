@@ -199,7 +199,9 @@ def _run(
     try:
         with stop.listening():
             if resume and checkpoints.step_of(resume) >= steps:
-                trainer.restore(resume)  # only the final model was missing
+                trainer.restore(resume)  # only the final model was missing, and perhaps the last clearing
+                if main:
+                    checkpoints.rotate(output, keep, keep_best=best)
             else:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except torch.OutOfMemoryError as error:
