@@ -54,6 +54,10 @@ def train(
     init_from: Annotated[
         str | None, option("init_from", NETWORK, "Folder or hub name of a trained model to start from.")
     ] = None,
+    init_optimizer: Annotated[
+        str | None,
+        option("init_optimizer", NETWORK, "And its AdamW state: optimizer.pt, a checkpoint, or .safetensors."),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, option("gradient_checkpointing", NETWORK, "Recompute the blocks in backward: less memory, slower.")
     ] = False,
@@ -80,6 +84,10 @@ def train(
     adam_beta2: Annotated[float, option("adam_beta2", OPTIMISATION, "AdamW's second decay.")] = 0.999,
     max_grad_norm: Annotated[float, option("max_grad_norm", OPTIMISATION, "Gradients are clipped to it.")] = 1.0,
     ema_decay: Annotated[float, option("ema_decay", OPTIMISATION, "Of the fp32 average of weights; 0: none.")] = 0.9999,
+    max_bad_steps: Annotated[
+        int,
+        option("max_bad_steps", OPTIMISATION, "So many NaN or infinite steps in a row stop the run; each is left out."),
+    ] = 3,
     seed: Annotated[int, option("seed", OPTIMISATION, "Of weights, order, noise and everything else.")] = 42,
     sigma_min: Annotated[float, option("sigma_min", FLOW, "Noise left on the data at sigma = 0.")] = 1e-4,
     sigma_max: Annotated[float, option("sigma_max", FLOW, "Noise at sigma = 1.")] = 1.0,
@@ -118,6 +126,9 @@ def train(
     guidance_scale: Annotated[float, option("guidance_scale", LOGGING, "Of those samples; 1 is none.")] = 2.0,
     num_inference_steps: Annotated[int, option("num_inference_steps", LOGGING, "Of those samples.")] = 20,
     save_total_limit: Annotated[int | None, option("save_total_limit", LOGGING, "Checkpoints that are kept.")] = 3,
+    load_best_model_at_end: Annotated[
+        bool, option("load_best_model_at_end", LOGGING, "The result is the checkpoint of the lowest held-out loss.")
+    ] = False,
     wandb_project: Annotated[str, option("wandb_project", LOGGING, "Used where you are logged in.")] = "blip3o-dit",
     wandb_run_name: Annotated[str | None, option("wandb_run_name", LOGGING, "Name of the run there.")] = None,
     no_wandb: Annotated[bool, option("no_wandb", LOGGING, "Never use wandb.")] = False,

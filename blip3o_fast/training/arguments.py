@@ -32,9 +32,10 @@ FREE_ON_RESUME = frozenset(
     {
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
-        "wandb_project", "wandb_run_name", "no_wandb", "device", "compile_model", "gradient_checkpointing",
-        "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path", "init_from", "max_steps",
-        "num_epochs", "normalize_embeddings", "progress", "backend", "attention_backend", "force",
+        "max_bad_steps", "load_best_model_at_end", "wandb_project", "wandb_run_name", "no_wandb", "device",
+        "compile_model", "gradient_checkpointing", "resume_from_checkpoint", "debug", "dry_run", "output_dir",
+        "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "normalize_embeddings", "progress",
+        "backend", "attention_backend", "force",
     }
 )  # fmt: skip
 
@@ -57,6 +58,7 @@ class TrainSettings:
     ffn_dim_multiplier: float | None = None
     context_projection: bool | None = None
     init_from: str | None = None  # folder or hub name of a trained model whose weights are the start
+    init_optimizer: str | None = None  # and the state of its optimizer, see `optimizer_state`
     gradient_checkpointing: bool = False
 
     # Optimisation. `max_steps` wins over `num_epochs`.
@@ -75,6 +77,7 @@ class TrainSettings:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999  # 0 turns the average off
+    max_bad_steps: int = 3  # in a row whose loss or gradient is not finite; each one is left out
     seed: int = 42
 
     # Flow matching
@@ -105,6 +108,7 @@ class TrainSettings:
     guidance_scale: float = 2.0
     num_inference_steps: int = 20
     save_total_limit: int | None = 3
+    load_best_model_at_end: bool = False  # the trained model is the checkpoint with the lowest held-out loss
     wandb_project: str = "blip3o-dit"
     wandb_run_name: str | None = None
     no_wandb: bool = False
@@ -148,6 +152,8 @@ class TrainSettings:
         ]
         if self.normalize_embeddings and self.normalize != "l2":
             problems.append(f"--normalize_embeddings means --normalize l2, but --normalize is {self.normalize!r}")
+        if self.init_optimizer and not self.init_from:
+            problems.append("--init_optimizer needs --init_from: an optimizer's state belongs to the weights")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 exclude each other: give one of them")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
@@ -156,6 +162,11 @@ class TrainSettings:
             problems.append(f"--min_learning_rate belongs to --lr_scheduler cosine, got {self.lr_scheduler!r}")
         if self.loss_weighting != "none" and self.regularization_weight:
             problems.append("--loss_weighting and --regularization_weight exclude each other: give one of them")
+        if self.load_best_model_at_end and (self.eval_split == 0 or self.save_steps % self.eval_steps):
+            problems.append(
+                "--load_best_model_at_end needs an evaluation at each checkpoint: --eval_split above 0, --save_steps a "
+                f"multiple of --eval_steps; got {self.eval_split}, {self.save_steps} and {self.eval_steps}"
+            )
         for check in (
             lambda: parse_spec(self.normalize),
             lambda: check_distribution(self.timestep_sampling, self.logit_mean, self.logit_std, self.timestep_shift),
@@ -187,7 +198,7 @@ class TrainSettings:
             whole(name, 1)
             for name in (
                 "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps",
-                "eval_steps", "num_inference_steps",
+                "eval_steps", "num_inference_steps", "max_bad_steps",
             )
         ]  # fmt: skip
         rules += [

@@ -66,8 +66,8 @@ class StopRequest:
 class StepCallback(TrainerCallback):
     """Gradient check, weight average, true epoch, clean stop, last evaluation, old checkpoints."""
 
-    def __init__(self, trainer: BLIP3oTrainer, stop: StopRequest, keep: int | None) -> None:
-        self.trainer, self.stop, self.keep = trainer, stop, keep
+    def __init__(self, trainer: BLIP3oTrainer, stop: StopRequest, keep: int | None, *, keep_best: bool = False) -> None:
+        self.trainer, self.stop, self.keep, self.keep_best = trainer, stop, keep, keep_best
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,6 +83,8 @@ class StepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         trainer = self.trainer
+        if trainer.watch.reads_are_free:
+            trainer.tell_bad_steps()
         if trainer.ema is not None:
             trainer.ema.update(trainer.model)
         # The Trainer counts one endless epoch.
@@ -97,7 +99,7 @@ class StepCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save:
-            checkpoints.rotate(Path(args.output_dir), self.keep)
+            checkpoints.rotate(Path(args.output_dir), self.keep, keep_best=self.keep_best)
 
 
 class MetricsFile(TrainerCallback):

@@ -33,6 +33,7 @@ class Data:
     raw_mean: Tensor  # [C]: of the whole train split's raw targets
     normalizer: FeatureNormalizers
     checksum: int  # of some raw training pictures
+    keys: list[str] | None = None  # names of the training pictures
 
     def describe(self) -> dict[str, Any]:
         """For run.json: enough to notice that a continued run got other data."""
@@ -79,7 +80,7 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
 
     # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
     train, held_out = EmbeddingDataset.splits(settings.embeddings_path, eval_split=settings.eval_split)
-    conditions, targets = _subset(settings, train.conditions, train.targets)
+    conditions, targets, keys = _subset(settings, train.conditions, train.targets, train.keys)
     held_conditions, held_targets = conditions[:0], targets[:0]
     if held_out is not None:
         held_conditions, held_targets = held_out.conditions, held_out.targets
@@ -104,6 +105,7 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
         raw_mean,
         normalizer,
         _checksum(conditions) ^ _checksum(targets),
+        keys,
     )
 
 
@@ -113,15 +115,17 @@ def _checksum(features: Tensor) -> int:
     return zlib.crc32(some.numpy().tobytes())
 
 
-def _subset(settings: TrainSettings, conditions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _subset(
+    settings: TrainSettings, conditions: Tensor, targets: Tensor, keys: list[str]
+) -> tuple[Tensor, Tensor, list[str]]:
     """The training pictures that --subset_size keeps, chosen as EmbeddingDataset would."""
     found, wanted = len(conditions), settings.subset_size
     if wanted is None or wanted == found or (settings.debug and wanted > found):
-        return conditions, targets
+        return conditions, targets, keys
     if wanted > found:
         raise ValueError(f"--subset_size {wanted}: {settings.embeddings_path} has only {found} training pictures")
     rows = torch.randperm(found, generator=torch.Generator().manual_seed(42))[:wanted]
-    return conditions[rows], targets[rows]
+    return conditions[rows], targets[rows], [keys[row] for row in rows.tolist()]
 
 
 def _normalised(normalizer: Any, features: Tensor, block: int = 256) -> Tensor:

@@ -19,8 +19,9 @@ from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
 from blip3o_fast.ops import use_attention, use_backend
-from blip3o_fast.training import checkpoints, estimate, prepare
+from blip3o_fast.training import checkpoints, estimate, prepare, saving
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
     check_same_run,
     is_finished,
@@ -58,6 +59,8 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from and not resume else None
+    if start is not None and settings.init_optimizer:
+        read_named_state(settings.init_optimizer, start)  # what is wrong with it is said now
     data = prepare.load_data(settings, normalizer=stored_normalizer(resume) or getattr(start, "normalizer", None))
     world = int(env.read("WORLD_SIZE") or "1")
     check_same_run(settings, earlier, data, resume, world)
@@ -182,13 +185,18 @@ def _run(
         validation=validation,
         ema_decay=settings.ema_decay,
         linear_loss=lines["training"],
+        max_bad_steps=settings.max_bad_steps,
+        keys=data.keys,
+        init_optimizer=None if resume else settings.init_optimizer,
+        record={"settings": settings.to_dict(), "data": data.describe(), "versions": _versions()},
     )
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     stop = StopRequest()
     progress = Progress()
-    trainer.add_callback(StepCallback(trainer, stop, settings.save_total_limit))
+    keep, best = settings.save_total_limit, settings.load_best_model_at_end
+    trainer.add_callback(StepCallback(trainer, stop, keep, keep_best=best))
     trainer.add_callback(MetricsFile(output / checkpoints.METRICS_FILE))
     if settings.progress is not False:
         trainer.add_callback(progress)
@@ -207,10 +215,13 @@ def _run(
     main = trainer.is_world_process_zero()
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run)
+        saving.point_to_interrupted(output, None)
     try:
         with stop.listening():
             if resume and checkpoints.step_of(resume) >= steps:
-                trainer.restore(resume)  # only the final model was missing
+                trainer.restore(resume)  # only the final model was missing, and perhaps the last clearing
+                if main:
+                    checkpoints.rotate(output, keep, keep_best=best)
             else:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except torch.OutOfMemoryError as error:
@@ -221,15 +232,16 @@ def _run(
     if stop.requested and step < steps:
         if main:
             checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "interrupted"})
+            saving.point_to_interrupted(output, checkpoints.last_whole(output))
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
         _leave_group()
         raise KeyboardInterrupt
-    last = _finish(trainer, output, lines) if main else {}
+    last = _finish(trainer, output, lines, best=best) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
     _leave_group()
-    return {"status": "finished", "step": step, "output_dir": str(output), **last}
+    return {**last, "status": "finished", "step": step, "output_dir": str(output)}
 
 
 def _out_of_memory(settings: TrainSettings, error: Exception) -> str:
@@ -255,8 +267,11 @@ def _yardstick_line(lines: dict[str, Any]) -> str:
     return f"yardstick   loss of predicting {values}: a network that works ends below the last"
 
 
-def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any]) -> dict[str, Any]:
-    """The trained model at the root of the run's folder, and the plot. Returns the last evaluation."""
+def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any], *, best: bool) -> dict[str, Any]:
+    """The trained model at the root of the run's folder, and the plot. Returns the model's evaluation."""
+    if best and (chosen := checkpoints.best_whole(output)) is not None:
+        trainer.restore(chosen)
+        say(f"best model: {chosen.name}, held-out loss {checkpoints.read_state(chosen)['eval_loss']:.4f}")
     if trainer.ema is not None:
         trainer.ema.copy_to(trainer.model)
     trainer.model.eval()
@@ -268,8 +283,7 @@ def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any]) -> dict
         say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=lines)}")
     except ModuleNotFoundError as error:
         say(f'no loss curve: {error.name} is not installed (pip install "blip3o_fast[report]")')
-    evaluations = [entry for entry in entries if "eval_loss" in entry]
-    return evaluations[-1] if evaluations else {}
+    return saving.evaluation_of(entries, trainer.state.global_step)
 
 
 def _versions() -> dict[str, str]:
