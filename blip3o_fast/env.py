@@ -32,6 +32,7 @@ VARIABLES = {
     "TRITON_INTERPRET": "1: Triton kernels run in Python, on CPU tensors",
     "WANDB_API_KEY": "a login of wandb",
     "WANDB_BASE_URL": "the server of wandb",
+    "WANDB_DIR": "where wandb writes; the run's folder if unset",
     "WANDB_MODE": "offline or disabled",
     "WANDB_PROJECT": "project of the runs; wins over --wandb_project",
     "WORLD_SIZE": "number of processes, set by torchrun",

@@ -48,12 +48,12 @@ LAYERS = {
     "__main__": {"cli"},
 }
 # `data` knows of the models nothing but how features are normalised; sampling of the data where conditions come from;
-# `training` of the evaluation only its metrics; the models of the kernels only how their launches are recorded and
-# compiled ahead.
+# `training` of the evaluation only its metrics and baselines; the models of the kernels only how their launches are
+# recorded and compiled ahead.
 ONLY = {
     ("models", "kernels"): {"_launch", "_compile"},
     ("data", "models"): {"normalizer"},
-    ("training", "evaluation"): {"metrics"},
+    ("training", "evaluation"): {"metrics", "baselines"},
     ("sampling", "data"): {"dataset", "reader", "shards"},
 }
 

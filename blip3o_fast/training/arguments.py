@@ -15,6 +15,7 @@ from blip3o_fast.models.normalizer import parse_spec
 
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("wandb", "tensorboard", "none")
 DEFAULT_WARMUP = 1000
 
 # What may differ when a run is continued: nothing here changes the numbers that the run produces. Batch size and
@@ -25,7 +26,7 @@ FREE_ON_RESUME = frozenset(
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
         "wandb_project", "wandb_run_name", "no_wandb", "device", "compile_model", "gradient_checkpointing",
         "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path", "init_from", "max_steps",
-        "num_epochs", "normalize_embeddings", "progress",
+        "num_epochs", "normalize_embeddings", "progress", "report_to", "profile_steps",
     }
 )  # fmt: skip
 
@@ -96,6 +97,8 @@ class TrainSettings:
     wandb_project: str = "blip3o-dit"
     wandb_run_name: str | None = None
     no_wandb: bool = False
+    report_to: str | None = None  # of TRACKERS, with commas; None: wandb where it is ready
+    profile_steps: str | None = None  # first:last, both included
     progress: bool | None = None  # None: a bar on a terminal, one line per log elsewhere; False: silent
 
     # Hardware
@@ -133,12 +136,16 @@ class TrainSettings:
             problems.append("--fp16 and --bf16 exclude each other: give one of them")
         for check in (
             lambda: parse_spec(self.normalize),
+            lambda: trackers_named(self.report_to),
+            lambda: steps_named(self.profile_steps),
             lambda: check_distribution(self.timestep_sampling, self.logit_mean, self.logit_std, self.timestep_shift),
         ):
             try:
                 check()
             except ValueError as error:
                 problems.append(str(error))
+        if self.no_wandb and "wandb" in (self.report_to or ""):
+            problems.append(f"--no_wandb and --report_to {self.report_to} exclude each other: give one of them")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -217,3 +224,23 @@ def warmup_steps(settings: TrainSettings, total_steps: int) -> int:
     if settings.warmup_steps is not None:
         return settings.warmup_steps
     return min(DEFAULT_WARMUP, total_steps // 10)
+
+
+def trackers_named(report_to: str | None) -> tuple[str, ...] | None:
+    """``"wandb,tensorboard"`` as names, None for None; ValueError for a name that is none of TRACKERS."""
+    if report_to is None:
+        return None
+    names = tuple(name.strip() for name in report_to.split(","))
+    if not set(names) <= set(TRACKERS) or ("none" in names and len(names) > 1):
+        raise ValueError(f"--report_to must be none, wandb, tensorboard or wandb,tensorboard, got {report_to!r}")
+    return () if names == ("none",) else names
+
+
+def steps_named(profile_steps: str | None) -> tuple[int, int] | None:
+    """``"10:15"`` as (10, 15), None for None; ValueError for anything but first:last with 1 <= first <= last."""
+    if profile_steps is None:
+        return None
+    first, _, last = profile_steps.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile_steps must be first:last with 1 <= first <= last (10:15), got {profile_steps!r}")
+    return int(first), int(last)

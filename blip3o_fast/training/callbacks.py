@@ -72,7 +72,7 @@ class StepCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.begin_window()
+        self.trainer.clock.start(self.trainer.samples_seen())  # the first step, not the construction
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,6 +85,7 @@ class StepCallback(TrainerCallback):
         trainer = self.trainer
         if trainer.ema is not None:
             trainer.ema.update(trainer.model)
+        trainer.clock.step()
         # The Trainer counts one endless epoch.
         state.epoch = trainer.samples_seen() / trainer.order.n
         if state.global_step >= state.max_steps:

@@ -18,7 +18,7 @@ from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
 from blip3o_fast.training import checkpoints, prepare
-from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+from blip3o_fast.training.arguments import TrainSettings, steps_named, warmup_steps
 from blip3o_fast.training.resume import (
     check_same_run,
     is_finished,
@@ -60,6 +60,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         more = "more with a larger --max_steps or --num_epochs"
         say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; {more}")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
+    if (profiled := steps_named(settings.profile_steps)) and profiled[0] > steps:
+        raise ValueError(f"--profile_steps {settings.profile_steps}: the run has only {steps} steps")
     model = prepare.model_for(settings, data, start, read_config(resume) if resume else None)
     if resume:
         tell_other_length(earlier, steps)
@@ -127,17 +129,17 @@ def _run(
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     output = Path(settings.output_dir)
+    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
+    from blip3o_fast.training.quality import generation_quality
+    from blip3o_fast.training.trainer import BLIP3oTrainer
+    from blip3o_fast.training.trainer_args import training_arguments
+    from blip3o_fast.training.validation import Validation
+    from blip3o_fast.training.watch import step_cost, watchers
+
+    watching = watchers(settings, resume, evaluates=bool(len(data.held_out_conditions)))
     lines = (earlier or {}).get("yardstick") or yardstick_for(settings, data, model.config)
     say(_yardstick_line(lines))
-
-    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
-    from blip3o_fast.training.trainer import BLIP3oTrainer
-    from blip3o_fast.training.trainer_args import training_arguments, wandb_is_ready
-    from blip3o_fast.training.validation import Validation
-
-    wandb, reason = (False, "") if settings.no_wandb else wandb_is_ready()
-    if reason and not wandb:
-        say(reason)
+    quality = generation_quality(settings, data)
     validation = None
     if len(data.held_out_conditions):
         validation = Validation(
@@ -146,10 +148,10 @@ def _run(
             model.config,
             settings.eval_batch_size,
             lines["linear_at_levels"],
-            prepare.generation_quality(settings, data),
+            quality,
         )
     args = training_arguments(
-        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None, wandb=wandb
+        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None
     )
     if settings.compile_model:
         model.compile()
@@ -162,6 +164,7 @@ def _run(
         validation=validation,
         ema_decay=settings.ema_decay,
         linear_loss=lines["training"],
+        cost=step_cost(settings, data, model, device),
     )
     from transformers import PrinterCallback
 
@@ -170,6 +173,8 @@ def _run(
     progress = Progress()
     trainer.add_callback(StepCallback(trainer, stop, settings.save_total_limit))
     trainer.add_callback(MetricsFile(output / checkpoints.METRICS_FILE))
+    for callback in watching:
+        trainer.add_callback(callback)
     if settings.progress is not False:
         trainer.add_callback(progress)
 

@@ -24,9 +24,10 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
 from blip3o_fast.training import checkpoints
+from blip3o_fast.training.clock import StepClock, StepCost
 from blip3o_fast.training.ema import EMA
 from blip3o_fast.training.finite import FiniteWatch
-from blip3o_fast.training.parts import Sized, Window, without_config
+from blip3o_fast.training.parts import Sized, without_config
 from blip3o_fast.training.stream import BatchStream, SampleOrder, stream_loader
 from blip3o_fast.training.validation import Validation
 
@@ -47,6 +48,7 @@ class BLIP3oTrainer(Trainer):
         ema_decay: of the float32 average of the weights; 0: none.
         linear_loss: the training loss of the best linear velocity (`flow.yardstick`); with it the log
             has ``loss_over_linear``.
+        cost: of a sample, for tokens per second and MFU in the log; None: neither.
         callbacks: as in the Trainer.
     """
 
@@ -61,6 +63,7 @@ class BLIP3oTrainer(Trainer):
         validation: Validation | None = None,
         ema_decay: float = 0.0,
         linear_loss: float | None = None,
+        cost: StepCost | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         if len(conditions) != len(targets) or not len(conditions):
@@ -78,7 +81,7 @@ class BLIP3oTrainer(Trainer):
         self._sum_count = 0
         self.grad_norm: Tensor | None = None
         self.watch = FiniteWatch(Path(args.output_dir), reads_are_free=args.device.type == "cpu", scaled=args.fp16)
-        self._window = Window()
+        self.clock, self.cost = StepClock(args.device), cost
         with without_config(model):
             super().__init__(
                 model=model,
@@ -102,10 +105,6 @@ class BLIP3oTrainer(Trainer):
     def samples_seen(self) -> int:
         return self.state.global_step * self.effective_batch
 
-    def begin_window(self) -> None:
-        """Throughput is counted from here (the first step, not the construction)."""
-        self._window.start(self.samples_seen())
-
     def get_train_dataloader(self) -> DataLoader:
         """The stream from the present step on. Each rank reads its own part, so accelerate must not shard again."""
         accumulate = self.args.gradient_accumulation_steps
@@ -125,6 +124,10 @@ class BLIP3oTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
     # ---- optimizer -------------------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -140,13 +143,14 @@ class BLIP3oTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, metrics = self.loss_function(
-            model,
-            inputs["target"],
-            inputs["encoder_hidden_states"],
-            seed=self.args.seed,
-            sample_index=inputs["sample_index"],
-        )
+        with self.clock.forward():
+            loss, metrics = self.loss_function(
+                model,
+                inputs["target"],
+                inputs["encoder_hidden_states"],
+                seed=self.args.seed,
+                sample_index=inputs["sample_index"],
+            )
         if model.training:
             for name, value in metrics.items():
                 value = value.detach()
@@ -183,7 +187,8 @@ class BLIP3oTrainer(Trainer):
             if self.linear_loss:
                 logs["loss_over_linear"] = logs.get("mse", logs["loss"]) / self.linear_loss
             logs["samples"] = self.samples_seen()
-            logs["samples_per_second"] = self._window.rate(self.samples_seen())
+            gather = self.accelerator.gather if self.args.world_size > 1 else None
+            logs.update(self.clock.read(self.samples_seen(), gather, self.cost))
         super().log(logs, start_time)
 
     def _drain_metrics(self) -> dict[str, float]:
@@ -206,7 +211,7 @@ class BLIP3oTrainer(Trainer):
         """`validation` with the averaged weights where there are some: those become the trained model."""
         if self.validation is None:
             raise ValueError("validation is None: this trainer was made without held-out data")
-        with self._window.excluding(), self.evaluated_weights():
+        with self.clock.excluding(), self.evaluated_weights():
             # model_wrapped carries accelerate's autocast; unwrapped DDP, because no gradient is exchanged.
             wrapped: Any = self.model_wrapped
             model = getattr(wrapped, "module", wrapped)
@@ -270,7 +275,7 @@ class BLIP3oTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.watch.raise_if_bad()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with self._window.excluding():
+        with self.clock.excluding():
             if self.args.should_save:
                 checkpoints.unmark(folder)
             super()._save_checkpoint(model, trial)

@@ -15,12 +15,9 @@ WANDB_HOST = "api.wandb.ai"
 
 
 def training_arguments(
-    settings: TrainSettings, *, total_steps: int, on_cpu: bool, evaluates: bool, wandb: bool = False
+    settings: TrainSettings, *, total_steps: int, on_cpu: bool, evaluates: bool
 ) -> TrainingArguments:
     """The Trainer's own settings for a run of ``total_steps`` optimizer steps."""
-    if wandb:
-        # The Trainer's wandb callback reads the project from here alone in the oldest version that we support.
-        env.set_default("WANDB_PROJECT", settings.wandb_project)
     args = TrainingArguments(
         output_dir=str(settings.output_dir),
         max_steps=total_steps,
@@ -47,7 +44,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=None,  # ours: it deletes only after the new checkpoint is whole
-        report_to=["wandb"] if wandb else [],
+        report_to=[],  # `tracking` adds the trackers itself
         run_name=settings.wandb_run_name or Path(settings.output_dir).name,
         disable_tqdm=True,  # our own progress
         dataloader_num_workers=settings.num_workers,

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_fast.training import checkpoints
+from blip3o_fast.training.clock import MEASURED
 from blip3o_fast.training.finite import NonFiniteError
 
 
@@ -21,8 +22,7 @@ def same(first, second):
 def logged(output):
     """metrics.jsonl without the clock."""
     entries = checkpoints.read_metrics(output / "metrics.jsonl")
-    clock = ("seconds", "samples_per_second")
-    return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
+    return [{key: value for key, value in entry.items() if key not in MEASURED} for entry in entries]
 
 
 def test_a_continued_run_is_bitwise_the_same(tmp_path, make_trainer, stand_in):
