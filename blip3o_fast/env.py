@@ -67,12 +67,6 @@ def read(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
-def set_default(name: str, value: str) -> None:
-    """Set a variable for libraries that take a setting from nowhere else; one that is set stays as it is."""
-    assert name in VARIABLES, f"{name} is not documented in env.VARIABLES"
-    os.environ.setdefault(name, value)
-
-
 def inherited(**changes: str) -> dict[str, str]:
     """The whole environment with some variables changed, to start another program with."""
     return {**os.environ, **changes}

@@ -17,6 +17,7 @@ LAYERS = {
     "kernels": set(),
     "_ext": {"_C"},
     "files": set(),
+    "page": set(),
     "env": set(),  # at module level; its report looks at everything, from inside functions
     "testing": set(),
     "timing": set(),
@@ -25,9 +26,9 @@ LAYERS = {
     "flow": {"ops", "env"},
     "sampling": {"data", "models", "flow", "ops", "files", "env"},
     "data": {"models", "files", "env"},
-    "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "files", "env"},
+    "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "files", "page", "env"},
     "evaluation": {"sampling", "data", "models", "flow", "ops", "files", "env"},
-    "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "files", "env"},
+    "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "files", "page", "env"},
     "cli": {
         "cli_bench",
         "cli_export",

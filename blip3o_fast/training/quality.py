@@ -7,7 +7,6 @@ back, as samples are; `blip3o-fast evaluate` fits them on raw features and judge
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,24 +106,3 @@ def generation_quality(settings: TrainSettings, data: Data) -> GenerationQuality
         guidance_scale=settings.guidance_scale,
         batch_size=settings.eval_batch_size,
     )
-
-
-def nearest_pictures(quality: GenerationQuality, rows: int, found: int) -> list[tuple[int, list[tuple[int, float]]]]:
-    """For some generated pictures: (own place, [(place, cosine) of the nearest true features, best first]).
-
-    Compared as in recall: mean-pooled, centred, by cosine, but among all of ``data.raw_targets``. Places count in it.
-    """
-    if quality.generated is None:
-        return []
-    mean = quality.data.raw_mean.double()
-
-    def directions(features: Tensor) -> Tensor:
-        return torch.nn.functional.normalize((features.double() - mean).mean(1), dim=-1)
-
-    some = evenly_spaced(len(quality.generated), rows)
-    gallery = directions(quality.data.raw_targets)
-    similarity, places = (directions(quality.generated[some]) @ gallery.T).topk(min(found, len(gallery)))
-    return [
-        (own, [(place, value) for place, value in zip(near, values, strict=True) if math.isfinite(value)])
-        for own, near, values in zip(quality.chosen[some].tolist(), places.tolist(), similarity.tolist(), strict=True)
-    ]

@@ -209,7 +209,7 @@ def _run(
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
         _leave_group()
         raise KeyboardInterrupt
-    last = _finish(trainer, output, lines) if main else {}
+    last = _finish(trainer, output, run, quality) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
@@ -240,19 +240,22 @@ def _yardstick_line(lines: dict[str, Any]) -> str:
     return f"yardstick   loss of predicting {values}: a network that works ends below the last"
 
 
-def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any]) -> dict[str, Any]:
-    """The trained model at the root of the run's folder, and the plot. Returns the last evaluation."""
+def _finish(trainer: BLIP3oTrainer, output: Path, run: dict[str, Any], quality: Any) -> dict[str, Any]:
+    """The trained model at the root of the run's folder, the plot and the report. Returns the last evaluation."""
     if trainer.ema is not None:
         trainer.ema.copy_to(trainer.model)
     trainer.model.eval()
     trainer.save_model(str(output))
     entries = checkpoints.read_metrics(output / checkpoints.METRICS_FILE)
     try:
+        from blip3o_fast.training.neighbours import neighbours_of
         from blip3o_fast.training.plots import plot_loss
+        from blip3o_fast.training.report import write_report
 
-        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=lines)}")
+        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=run['yardstick'])}")
+        say(f"report: {write_report(output, entries, run, neighbours_of(quality, run['settings']))}")
     except ModuleNotFoundError as error:
-        say(f'no loss curve: {error.name} is not installed (pip install "blip3o_fast[report]")')
+        say(f'no loss curve and no report: {error.name} is not installed (pip install "blip3o_fast[report]")')
     evaluations = [entry for entry in entries if "eval_loss" in entry]
     return evaluations[-1] if evaluations else {}
 

@@ -44,6 +44,8 @@ def test_two_ranks_draw_log_and_end_like_one(embeddings, tmp_path):
         # snr_db is a logarithm of a mean over the batch, so it is not the mean of its parts.
         for name in set(one) - MEASURED - {"snr_db"}:
             assert abs(one[name] - two[name]) <= 1e-5 * abs(one[name]) + 1e-7, name
+    for entry in (entry for entry in entries[1] if "loss" in entry):
+        assert entry["slowest_rank"] in (0, 1) and 0 < entry["step_seconds"] <= entry["step_seconds_max"]
     first, second = (load_file(folder / "model.safetensors") for folder in (alone, together))
     assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-5
     assert json.loads((together / "run.json").read_text())["status"] == "finished"
