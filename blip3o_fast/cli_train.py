@@ -132,6 +132,13 @@ def train(
     wandb_project: Annotated[str, option("wandb_project", LOGGING, "Used where you are logged in.")] = "blip3o-dit",
     wandb_run_name: Annotated[str | None, option("wandb_run_name", LOGGING, "Name of the run there.")] = None,
     no_wandb: Annotated[bool, option("no_wandb", LOGGING, "Never use wandb.")] = False,
+    report_to: Annotated[
+        str | None,
+        option("report_to", LOGGING, "wandb, tensorboard, both with a comma, none; else wandb where logged in."),
+    ] = None,
+    profile_steps: Annotated[
+        str | None, option("profile_steps", LOGGING, "10:15 traces steps 10 to 15 and prints where their time went.")
+    ] = None,
     progress: Annotated[
         bool | None,
         typer.Option(
@@ -160,7 +167,7 @@ def train(
 ) -> None:
     """Train a BLIP3-o DiT on embeddings.
 
-    Every flag of transformers' TrainingArguments is taken too (--optim, --adam_epsilon, --report_to, ...).
+    Every flag of transformers' TrainingArguments is taken too (--optim, --adam_epsilon, --ddp_timeout, ...).
 
     Examples:
 
@@ -169,6 +176,8 @@ def train(
       blip3o-fast train --embeddings_path shards --output_dir run --bf16 --resume_from_checkpoint auto
 
       blip3o-fast train --recipe blip3o --config run.yaml --output_dir run
+
+      blip3o-fast train --embeddings_path shards --output_dir run --report_to tensorboard --profile_steps 10:15
 
       torchrun --nproc_per_node 2 -m blip3o_fast train --embeddings_path shards --output_dir run
     """

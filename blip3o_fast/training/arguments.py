@@ -18,6 +18,7 @@ from blip3o_fast.ops._backend import NAMES as BACKENDS
 
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("wandb", "tensorboard", "none")
 DEFAULT_WARMUP = 1000
 
 # Without any of these, --debug trains the preset `small`.
@@ -35,7 +36,7 @@ FREE_ON_RESUME = frozenset(
         "max_bad_steps", "load_best_model_at_end", "wandb_project", "wandb_run_name", "no_wandb", "device",
         "compile_model", "gradient_checkpointing", "resume_from_checkpoint", "debug", "dry_run", "output_dir",
         "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "normalize_embeddings", "progress",
-        "backend", "attention_backend", "force",
+        "backend", "attention_backend", "force", "report_to", "profile_steps",
     }
 )  # fmt: skip
 
@@ -112,6 +113,8 @@ class TrainSettings:
     wandb_project: str = "blip3o-dit"
     wandb_run_name: str | None = None
     no_wandb: bool = False
+    report_to: str | None = None  # of TRACKERS, with commas; None: wandb where it is ready
+    profile_steps: str | None = None  # first:last, both included
     progress: bool | None = None  # None: a bar on a terminal, one line per log elsewhere; False: silent
 
     # Hardware
@@ -169,12 +172,16 @@ class TrainSettings:
             )
         for check in (
             lambda: parse_spec(self.normalize),
+            lambda: trackers_named(self.report_to),
+            lambda: steps_named(self.profile_steps),
             lambda: check_distribution(self.timestep_sampling, self.logit_mean, self.logit_std, self.timestep_shift),
         ):
             try:
                 check()
             except ValueError as error:
                 problems.append(str(error))
+        if self.no_wandb and "wandb" in (self.report_to or ""):
+            problems.append(f"--no_wandb and --report_to {self.report_to} exclude each other: give one of them")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -264,3 +271,23 @@ def warmup_steps(settings: TrainSettings, total_steps: int) -> int:
     if settings.warmup_ratio is not None:
         return math.ceil(settings.warmup_ratio * total_steps)
     return min(DEFAULT_WARMUP, total_steps // 10)
+
+
+def trackers_named(report_to: str | None) -> tuple[str, ...] | None:
+    """``"wandb,tensorboard"`` as names, None for None; ValueError for a name that is none of TRACKERS."""
+    if report_to is None:
+        return None
+    names = tuple(name.strip() for name in report_to.split(","))
+    if not set(names) <= set(TRACKERS) or ("none" in names and len(names) > 1):
+        raise ValueError(f"--report_to must be none, wandb, tensorboard or wandb,tensorboard, got {report_to!r}")
+    return () if names == ("none",) else names
+
+
+def steps_named(profile_steps: str | None) -> tuple[int, int] | None:
+    """``"10:15"`` as (10, 15), None for None; ValueError for anything but first:last with 1 <= first <= last."""
+    if profile_steps is None:
+        return None
+    first, _, last = profile_steps.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile_steps must be first:last with 1 <= first <= last (10:15), got {profile_steps!r}")
+    return int(first), int(last)

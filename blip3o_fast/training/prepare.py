@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,37 +236,6 @@ def total_steps(settings: TrainSettings, pictures: int, world_size: int) -> int:
     if settings.max_steps is not None:
         return settings.max_steps
     return max(1, math.ceil(settings.num_epochs * pictures / effective_batch(settings, world_size)))
-
-
-def generation_quality(settings: TrainSettings, data: Data) -> Callable[[Any], dict[str, float]] | None:
-    """``model -> {token_cosine, recall_at_1, ...}`` on a few held-out pictures, or None where there are none."""
-    count = min(settings.eval_generation_samples, len(data.raw_conditions))
-    if count < 2:
-        return None
-    some = evenly_spaced(len(data.raw_conditions), count)
-    conditions, targets = data.raw_conditions[some].float(), data.raw_targets[some].float()
-
-    def measure(model: Any) -> dict[str, float]:
-        from blip3o_fast.evaluation import metrics
-        from blip3o_fast.sampling.sample import sample
-
-        device = next(model.parameters()).device
-        generated = sample(
-            model,
-            conditions.to(device),
-            num_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=torch.Generator().manual_seed(0),
-        ).cpu()
-        return {
-            "token_cosine": metrics.token_cosine(generated, targets),
-            "l2_distance": metrics.l2_distance(generated, targets),
-            "norm_ratio": float(generated.norm(dim=-1).mean() / targets.norm(dim=-1).mean()),
-            "recall_at_1": metrics.recall_at_k(generated, targets, data.raw_mean, (1,))[1],
-            "recall_at_1_chance": 1 / count,
-        }
-
-    return measure
 
 
 def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.device, steps: int, world: int) -> str:

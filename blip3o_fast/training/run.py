@@ -20,7 +20,7 @@ from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
 from blip3o_fast.ops import use_attention, use_backend
 from blip3o_fast.training import checkpoints, estimate, prepare, saving
-from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+from blip3o_fast.training.arguments import TrainSettings, steps_named, warmup_steps
 from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
     check_same_run,
@@ -70,6 +70,8 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
         more = "more with a larger --max_steps or --num_epochs"
         say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; {more}")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
+    if (profiled := steps_named(settings.profile_steps)) and profiled[0] > steps:
+        raise ValueError(f"--profile_steps {settings.profile_steps}: the run has only {steps} steps")
     if start is not None:
         config = start.config
     else:
@@ -150,17 +152,17 @@ def _run(
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     output = Path(settings.output_dir)
+    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
+    from blip3o_fast.training.quality import generation_quality
+    from blip3o_fast.training.trainer import BLIP3oTrainer
+    from blip3o_fast.training.trainer_args import training_arguments
+    from blip3o_fast.training.validation import Validation
+    from blip3o_fast.training.watch import step_cost, watchers
+
+    watching = watchers(settings, resume, evaluates=bool(len(data.held_out_conditions)))
     lines = (earlier or {}).get("yardstick") or yardstick_for(settings, data, model.config)
     say(_yardstick_line(lines))
-
-    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
-    from blip3o_fast.training.trainer import BLIP3oTrainer
-    from blip3o_fast.training.trainer_args import training_arguments, wandb_is_ready
-    from blip3o_fast.training.validation import Validation
-
-    wandb, reason = (False, "") if settings.no_wandb else wandb_is_ready()
-    if reason and not wandb:
-        say(reason)
+    quality = generation_quality(settings, data)
     validation = None
     if len(data.held_out_conditions):
         validation = Validation(
@@ -169,10 +171,10 @@ def _run(
             model.config,
             settings.eval_batch_size,
             lines["linear_at_levels"],
-            prepare.generation_quality(settings, data),
+            quality,
         )
     args = training_arguments(
-        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None, wandb=wandb
+        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None
     )
     if settings.compile_model:
         model.compile()
@@ -189,6 +191,7 @@ def _run(
         keys=data.keys,
         init_optimizer=None if resume else settings.init_optimizer,
         record={"settings": settings.to_dict(), "data": data.describe(), "versions": _versions()},
+        cost=step_cost(settings, data, model, device),
     )
     from transformers import PrinterCallback
 
@@ -198,6 +201,8 @@ def _run(
     keep, best = settings.save_total_limit, settings.load_best_model_at_end
     trainer.add_callback(StepCallback(trainer, stop, keep, keep_best=best))
     trainer.add_callback(MetricsFile(output / checkpoints.METRICS_FILE))
+    for callback in watching:
+        trainer.add_callback(callback)
     if settings.progress is not False:
         trainer.add_callback(progress)
 
@@ -236,7 +241,7 @@ def _run(
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
         _leave_group()
         raise KeyboardInterrupt
-    last = _finish(trainer, output, lines, best=best) if main else {}
+    last = _finish(trainer, output, run, quality, best=best) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
@@ -267,8 +272,8 @@ def _yardstick_line(lines: dict[str, Any]) -> str:
     return f"yardstick   loss of predicting {values}: a network that works ends below the last"
 
 
-def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any], *, best: bool) -> dict[str, Any]:
-    """The trained model at the root of the run's folder, and the plot. Returns the model's evaluation."""
+def _finish(trainer: BLIP3oTrainer, output: Path, run: dict[str, Any], quality: Any, *, best: bool) -> dict[str, Any]:
+    """The trained model at the root of the run's folder, the plot and the report. Returns the model's evaluation."""
     if best and (chosen := checkpoints.best_whole(output)) is not None:
         trainer.restore(chosen)
         say(f"best model: {chosen.name}, held-out loss {checkpoints.read_state(chosen)['eval_loss']:.4f}")
@@ -278,11 +283,14 @@ def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any], *, best
     trainer.save_model(str(output))
     entries = checkpoints.read_metrics(output / checkpoints.METRICS_FILE)
     try:
+        from blip3o_fast.training.neighbours import neighbours_of
         from blip3o_fast.training.plots import plot_loss
+        from blip3o_fast.training.report import write_report
 
-        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=lines)}")
+        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=run['yardstick'])}")
+        say(f"report: {write_report(output, entries, run, neighbours_of(quality, run['settings']))}")
     except ModuleNotFoundError as error:
-        say(f'no loss curve: {error.name} is not installed (pip install "blip3o_fast[report]")')
+        say(f'no loss curve and no report: {error.name} is not installed (pip install "blip3o_fast[report]")')
     return saving.evaluation_of(entries, trainer.state.global_step)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import netrc
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -16,14 +15,10 @@ WANDB_HOST = "api.wandb.ai"
 
 
 def training_arguments(
-    settings: TrainSettings, *, total_steps: int, on_cpu: bool, evaluates: bool, wandb: bool = False
+    settings: TrainSettings, *, total_steps: int, on_cpu: bool, evaluates: bool
 ) -> TrainingArguments:
     """The Trainer's own settings for a run of ``total_steps`` optimizer steps."""
-    if wandb:
-        # The Trainer's wandb callback reads the project from here alone in the oldest version that we support.
-        env.set_default("WANDB_PROJECT", settings.wandb_project)
     given = dict(settings.training_arguments)
-    report_to = [*(["wandb"] if wandb else []), *_reports(given.pop("report_to", []))]
     scheduler, scheduler_options = settings.lr_scheduler, given.pop("lr_scheduler_kwargs", None)
     if settings.min_learning_rate:
         scheduler, scheduler_options = "cosine_with_min_lr", {"min_lr": settings.min_learning_rate}
@@ -54,7 +49,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=None,  # ours: it deletes only after the new checkpoint is whole
-        report_to=list(dict.fromkeys(report_to)),
+        report_to=[],  # `tracking` adds the trackers itself
         run_name=settings.wandb_run_name or Path(settings.output_dir).name,
         disable_tqdm=True,  # our own progress
         dataloader_num_workers=settings.num_workers,
@@ -69,11 +64,6 @@ def training_arguments(
     if args.n_gpu > 1:
         args._n_gpu = 1
     return args
-
-
-def _reports(given: Any) -> list[str]:
-    names = [given] if isinstance(given, str) else list(given)
-    return [name for name in names if name != "none"]
 
 
 def wandb_is_ready() -> tuple[bool, str]:

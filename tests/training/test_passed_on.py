@@ -8,10 +8,10 @@ from blip3o_fast.training.trainer_args import training_arguments
 
 
 def test_values_have_the_types_of_their_fields():
-    words = "--adam_epsilon 1e-7 --optim=adafactor --torch_empty_cache_steps 5 --tf32 false --report_to wandb"
+    words = "--adam_epsilon 1e-7 --optim=adafactor --torch_empty_cache_steps 5 --tf32 false"
     assert parse_passed_on(words.split()) == {
         "adam_epsilon": 1e-7, "optim": "adafactor", "torch_empty_cache_steps": 5, "tf32": False,
-        "report_to": "wandb",
+
     }  # fmt: skip
     assert parse_passed_on([]) == {}
 
@@ -59,9 +59,6 @@ def test_they_reach_the_trainer(tmp_path):
     made = training_arguments(settings, total_steps=1000, on_cpu=True, evaluates=False)
     assert (made.adam_epsilon, made.optim, made.warmup_steps) == (1e-7, "sgd", 30)
     assert made.lr_scheduler_type == "cosine_with_min_lr" and made.lr_scheduler_kwargs["min_lr"] == 1e-5
-    assert made.report_to == []
-    settings.training_arguments = {"report_to": ["tensorboard"]}
-    assert training_arguments(settings, total_steps=5, on_cpu=True, evaluates=False).report_to == ["tensorboard"]
     assert training_arguments(TrainSettings("e", tmp_path), total_steps=5, on_cpu=True, evaluates=False).optim in (
         "adamw_torch_fused",
         "adamw_torch",
