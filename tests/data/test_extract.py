@@ -19,7 +19,7 @@ from torch import nn
 
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.data import extract as module
-from blip3o_fast.data import images as images_module
+from blip3o_fast.data import skipped as skipped_module
 from blip3o_fast.data.encoders import Encoder
 from blip3o_fast.data.extract import PICKLE, extract
 from blip3o_fast.data.images import Picture, decode, find_sources, write_tars
@@ -179,7 +179,7 @@ def test_overwrite_drops_nothing_before_the_encoders_are_loaded(
 
 
 def test_very_many_skipped_members_are_counted(tmp_path: Path, sides, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "MAX_REASONS", 3)
+    monkeypatch.setattr(skipped_module, "MAX_REASONS", 3)
     damaged = [Picture("d" * i, "", b"junk", ".png") for i in range(1, 6)]
     write_tars(iter([*pictures(1), *damaged]), tmp_path / "tars", 6)
     for _ in range(2):
