@@ -209,6 +209,8 @@ def test_the_table_has_the_longest_kernels_where_there_is_a_gpu():
     ("changes", "message"),
     [
         ({"profile_steps": "10"}, r"--profile_steps must be first:last .*, got '10'"),
+        ({"profile_steps": 10}, r"--profile_steps must be first:last .*, got 10"),
+        ({"report_to": ["wandb"]}, r"--report_to must be none, .*, got \['wandb'\]"),
         ({"profile_steps": "5:4"}, r"--profile_steps must be"),
         ({"profile_steps": "0:4"}, r"--profile_steps must be"),
         ({"report_to": "mlflow"}, r"--report_to must be none, wandb, tensorboard or wandb,tensorboard, got 'mlflow'"),
