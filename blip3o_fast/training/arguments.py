@@ -180,7 +180,7 @@ class TrainSettings:
                 check()
             except ValueError as error:
                 problems.append(str(error))
-        if self.no_wandb and "wandb" in (self.report_to or ""):
+        if self.no_wandb and "wandb" in str(self.report_to):
             problems.append(f"--no_wandb and --report_to {self.report_to} exclude each other: give one of them")
         if problems:
             raise ValueError("\n".join(problems))
@@ -277,7 +277,7 @@ def trackers_named(report_to: str | None) -> tuple[str, ...] | None:
     """``"wandb,tensorboard"`` as names, None for None; ValueError for a name that is none of TRACKERS."""
     if report_to is None:
         return None
-    names = tuple(name.strip() for name in report_to.split(","))
+    names = tuple(name.strip() for name in str(report_to).split(","))
     if not set(names) <= set(TRACKERS) or ("none" in names and len(names) > 1):
         raise ValueError(f"--report_to must be none, wandb, tensorboard or wandb,tensorboard, got {report_to!r}")
     return () if names == ("none",) else names
@@ -287,7 +287,7 @@ def steps_named(profile_steps: str | None) -> tuple[int, int] | None:
     """``"10:15"`` as (10, 15), None for None; ValueError for anything but first:last with 1 <= first <= last."""
     if profile_steps is None:
         return None
-    first, _, last = profile_steps.partition(":")
+    first, _, last = str(profile_steps).partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ValueError(f"--profile_steps must be first:last with 1 <= first <= last (10:15), got {profile_steps!r}")
     return int(first), int(last)

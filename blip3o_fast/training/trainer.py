@@ -145,6 +145,12 @@ class BLIP3oTrainer(Trainer):
         with self.clock.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device; from pinned memory without the host waiting for what the device has still to do."""
+        if isinstance(data, Tensor) and data.is_pinned() and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     # ---- optimizer -------------------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
