@@ -340,6 +340,7 @@ def test_on_an_accelerator_nothing_waits_for_the_device_between_logs():
     watch, sums = FiniteWatch(3, reads_are_free=False, scaled=False), MetricSums()
     with Reads():
         for step in range(1, 6):
+            optimizer.zero_grad()
             loss = weight.sum() * (float("nan") if step == 2 else 1.0)
             sums.add(loss, {"mse": loss})
             watch.gated(loss).backward()
