@@ -197,9 +197,7 @@ def read_weights(source: str, get: Callable[[str], Path | None]) -> dict[str, Te
     """Every tensor of the first file of `WEIGHT_FILES` that there is; of parts, those with the vision network."""
     if Path(source).is_file():
         return _read(Path(source))
-    path = next((path for path in map(get, WEIGHT_FILES) if path is not None), None)
-    if path is None:
-        raise FilesError(f"{source}: holds none of {', '.join(WEIGHT_FILES)}")
+    path = _first(source, get)
     if path.suffix != ".json":
         return _read(path)
     weights: dict[str, Tensor] = {}
@@ -209,6 +207,22 @@ def read_weights(source: str, get: Callable[[str], Path | None]) -> dict[str, Te
             raise FilesError(f"{source}: its part {name} is missing")
         weights.update(_read(part))
     return weights
+
+
+def _first(source: str, get: Callable[[str], Path | None]) -> Path:
+    """The first of `WEIGHT_FILES` that is there. Without a network, one in the cache will do."""
+    unreachable: OSError | None = None
+    for name in WEIGHT_FILES:
+        try:
+            path = get(name)
+        except FileNotFoundError as error:  # the hub's client has it neither in the cache nor from the network
+            unreachable = unreachable or error
+            continue
+        if path is not None:
+            return path
+    if unreachable is not None:
+        raise unreachable
+    raise FilesError(f"{source}: holds none of {', '.join(WEIGHT_FILES)}")
 
 
 def _parts(index: Path) -> Iterable[str]:

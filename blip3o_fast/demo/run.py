@@ -42,7 +42,7 @@ REFERENCE_CURVE = Path(__file__).resolve().parents[2] / "docs" / "curves" / "dem
 class DemoSettings:
     """images: "" fetches captioned pictures, else a folder with at least 32; encoders: a key of ENCODERS.
 
-    trust_remote_code and the revisions go to `extract`: the 8B encoder of "full" runs code of its hub repository.
+    trust_remote_code and the revisions go to `extract`.
     """
 
     output_dir: Path = Path("runs/demo")

@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -307,6 +309,31 @@ def test_half_precision_keeps_its_angles(golden: dict[str, Any]) -> None:
     with torch.no_grad():
         found, wanted = half(pixels(64).half()).float(), exact(pixels(64))
     assert float((found - wanted).norm() / wanted.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_from_the_hub(repository: tuple[Path, EvaVision], monkeypatch: pytest.MonkeyPatch, online: bool) -> None:
+    """Only what is needed is fetched; without a network what is in the cache will do."""
+    folder, model = repository
+    asked = []
+
+    def hf_hub_download(source: str, name: str, revision: str) -> str:
+        asked.append((source, name, revision))
+        if not (folder / name).is_file():
+            if online:
+                raise EntryNotFoundError(f"404: {name}")
+            raise LocalEntryNotFoundError(f"no network: {name}")
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    encoder = load_encoder("eva:some/repository", revision="abc")
+    assert encoder.model.config == model.config and encoder.info.revision == "some/repository@abc"
+    assert {(source, revision) for source, _, revision in asked} == {("some/repository", "abc")}
+    assert "pytorch_model-00003-of-00003.bin" not in {name for _, name, _ in asked}  # the text side alone
+    for path in folder.glob("pytorch_model*"):
+        path.unlink()
+    with pytest.raises(ValueError if online else OSError, match="holds none of" if online else "no network: model"):
+        load_encoder("eva:some/repository")
 
 
 # --- what is refused -------------------------------------------------------------------------------
