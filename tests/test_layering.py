@@ -31,6 +31,7 @@ LAYERS = {
     "cli": {
         "cli_bench",
         "cli_export",
+        "cli_extract",
         "cli_interpolate",
         "cli_train",
         "cli_try",
@@ -40,6 +41,7 @@ LAYERS = {
     },
     "cli_bench": {"cli_verbs"},
     "cli_export": {"cli_verbs", "models", "env"},
+    "cli_extract": {"cli_verbs", "data"},
     "cli_interpolate": {"cli_verbs", "evaluation"},
     "cli_train": {"training", "env"},
     "cli_try": {"cli_verbs", "demo"},
