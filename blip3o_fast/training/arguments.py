@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.data.splits import default_rule
 from blip3o_fast.flow.timesteps import check_distribution
 from blip3o_fast.models.normalizer import parse_spec
 
@@ -25,7 +26,7 @@ FREE_ON_RESUME = frozenset(
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
         "wandb_project", "wandb_run_name", "no_wandb", "device", "compile_model", "gradient_checkpointing",
         "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path", "init_from", "max_steps",
-        "num_epochs", "normalize_embeddings", "progress",
+        "num_epochs", "normalize_embeddings", "progress", "on_bad_shard",
     }
 )  # fmt: skip
 
@@ -84,6 +85,9 @@ class TrainSettings:
     normalize: str = "none"
     normalize_embeddings: bool = False  # the original's flag: the same as normalize="l2"
     num_workers: int = 0
+    loading: str = "auto"  # memory, stream (from a folder of shards), or auto: by the folder's size
+    split: str = "auto"  # random, hash (of each picture's key), or auto: what the set says (data.splits)
+    on_bad_shard: str = "stop"  # or skip; streaming only
 
     # Logging, evaluation, checkpoints
     logging_steps: int = 100
@@ -119,6 +123,10 @@ class TrainSettings:
             self.no_wandb = True
         if self.normalize_embeddings and self.normalize == "none":
             self.normalize = "l2"
+
+    def split_rule(self) -> str:
+        """``"random"`` or ``"hash"``: as asked for, else what the set says (`data.splits.default_rule`)."""
+        return default_rule(self.embeddings_path) if self.split == "auto" else self.split
 
     def check(self) -> None:
         """Raise one ValueError that names every bad flag, what it is and what is allowed."""
@@ -192,6 +200,9 @@ class TrainSettings:
             number("guidance_scale", 0),
             one_of("lr_scheduler", LR_SCHEDULERS),
             one_of("device", DEVICES),
+            one_of("loading", ("auto", "memory", "stream")),
+            one_of("split", ("auto", "random", "hash")),
+            one_of("on_bad_shard", ("stop", "skip")),
             one_of("prediction_type", ("v_prediction", "epsilon")),
             one_of("schedule_type", ("linear", "cosine")),
         ]

@@ -99,10 +99,10 @@ def _flow_loss(settings: TrainSettings, model: BLIP3oDiT) -> Any:
 
 def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> str:
     """One forward and backward pass of the first batch."""
-    from blip3o_fast.training.stream import SampleOrder
+    from blip3o_fast.training.streamed import order_for
 
     model.to(device)
-    pictures = SampleOrder(len(data.conditions), settings.seed).pictures(0, settings.batch_size)
+    pictures = order_for(data.conditions, settings.seed).pictures(0, settings.batch_size)
     dtype = torch.float16 if settings.fp16 else torch.bfloat16
     with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
         loss, _ = _flow_loss(settings, model)(

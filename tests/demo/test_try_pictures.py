@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from blip3o_fast.cli import main
-from blip3o_fast.data.dataset import EmbeddingDataset, split_indices
+from blip3o_fast.data.dataset import EmbeddingDataset
+from blip3o_fast.data.splits import split_indices
 from blip3o_fast.data.encoders import load_encoder
 from blip3o_fast.data.extract import PICKLE, extract
 from blip3o_fast.data.images import Picture, decode, folder_pictures, picture_files, write_tars
