@@ -70,7 +70,8 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
     ) -> None:
         check_arguments(split, eval_split, normalize, subset)
         loaded = _load(path)
-        self._fill(path, loaded, split, _splits(path, loaded, eval_split, split_by, seed), normalize, subset, seed)
+        splits = _splits(path, loaded, eval_split, split_by, seed)
+        self._fill(path, loaded, split, splits, eval_split, normalize, subset, seed)
 
     @classmethod
     def splits(
@@ -91,10 +92,10 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         loaded = _load(path)
         train, held_out = cls.__new__(cls), cls.__new__(cls)
         splits = _splits(path, loaded, eval_split, split_by, seed)
-        train._fill(path, loaded, "train", splits, normalize, subset, seed)
+        train._fill(path, loaded, "train", splits, eval_split, normalize, subset, seed)
         if len(splits[1]) == 0:
             return train, None
-        held_out._fill(path, loaded, "eval", splits, train.normalizer, None, seed)
+        held_out._fill(path, loaded, "eval", splits, eval_split, train.normalizer, None, seed)
         return train, held_out
 
     def _fill(
@@ -103,6 +104,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         loaded: _Loaded,
         split: str,
         splits: tuple[Tensor, Tensor],
+        eval_split: float,
         normalize: str | FeatureNormalizers,
         subset: int | None,
         seed: int,
@@ -111,8 +113,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         rows = {"train": train, "eval": held_out, "all": torch.arange(len(loaded.keys))}[split]
         if len(rows) == 0:
             raise ValueError(
-                f"split: {split!r} of the {len(loaded.keys)} pictures in {path} is empty: {len(train)} to train on, "
-                f"{len(held_out)} held out by eval_split"
+                f"split: {split!r} of the {len(loaded.keys)} pictures in {path} is empty with eval_split={eval_split}"
             )
         if subset is not None:
             if subset > len(rows):
