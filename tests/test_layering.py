@@ -52,7 +52,7 @@ LAYERS = {
 # compiled ahead.
 ONLY = {
     ("models", "kernels"): {"_launch", "_compile"},
-    ("data", "models"): {"normalizer"},
+    ("data", "models"): {"normalizer", "normalizer_fit"},
     ("training", "evaluation"): {"metrics"},
     ("sampling", "data"): {"dataset", "reader", "shards"},
 }
