@@ -117,6 +117,15 @@ def train(
         bool, option("normalize_embeddings", DATA, "The original's flag: the same as --normalize l2.")
     ] = False,
     num_workers: Annotated[int, option("num_workers", DATA, "Processes that load data.")] = 0,
+    loading: Annotated[
+        str, option("loading", DATA, "memory, stream (shards, block shuffle), or auto: stream above 4 GiB.")
+    ] = "auto",
+    split: Annotated[
+        str, option("split", DATA, "random (the original's), hash (of keys: stable when data is added), or auto.")
+    ] = "auto",
+    on_bad_shard: Annotated[
+        str, option("on_bad_shard", DATA, "stop, or skip and count; where shards are streamed.")
+    ] = "stop",
     logging_steps: Annotated[int, option("logging_steps", LOGGING, "Steps between log lines.")] = 100,
     save_steps: Annotated[int, option("save_steps", LOGGING, "Steps between checkpoints.")] = 1000,
     eval_steps: Annotated[int, option("eval_steps", LOGGING, "Steps between evaluations.")] = 1000,

@@ -59,7 +59,7 @@ LAYERS = {
 # recorded and compiled ahead.
 ONLY = {
     ("models", "kernels"): {"_launch", "_compile"},
-    ("data", "models"): {"normalizer"},
+    ("data", "models"): {"normalizer", "normalizer_fit"},
     ("training", "evaluation"): {"metrics", "baselines"},
     ("sampling", "data"): {"dataset", "reader", "shards"},
 }

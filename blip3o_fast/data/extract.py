@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .encoders import TOKENS, Encoder, encoder_info, load_encoder
-from .images import MAX_NAME, Picture, Skipped, Source, find_sources
+from .images import Picture, Source, find_sources
 from .int8_report import measure, summary
 from .manifest import MANIFEST, Manifest, read_skipped
 from .parts import Entry, Parts, Stamp, sha256_of
@@ -28,6 +28,7 @@ from .pickle_output import PICKLE, write_pickle
 from .pipeline import Pipeline
 from .ranks import Share, this_share
 from .shards import INDEX, META, Meta, claim_folder, drop_all, read_meta
+from .skipped import MAX_NAME, Skipped
 from .stored import DTYPES, quantize, save_sides
 from .throughput import Progress, check_precision, flops_per_picture, peak_flops
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -190,11 +190,15 @@ def read_meta(folder: str | os.PathLike[str]) -> Meta:
 
 def read_index(folder: str | os.PathLike[str]) -> list[Row]:
     """index.jsonl of a folder, each line checked, in the order of the file."""
+    return list(iter_index(folder))
+
+
+def iter_index(folder: str | os.PathLike[str]) -> Iterator[Row]:
+    """The same line by line: a list of sixty million rows is a machine's memory."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a folder of features has {META}, {INDEX} and shards")
     wanted = {"key": str, "caption": str, "shard": str, "row": int, "source": str}
-    rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -205,8 +209,7 @@ def read_index(folder: str | os.PathLike[str]) -> list[Row]:
                 raise ValueError(f"{path}, line {number}: found {line.strip()[:120]}; needed are {', '.join(wanted)}")
             if not _SHARD.fullmatch(data["shard"]):  # a path here would read any file of the machine
                 raise ValueError(f"{path}, line {number}: shard {data['shard']!r}; shard-00000.safetensors is allowed")
-            rows.append(Row(**data))
-    return rows
+            yield Row(**data)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.data.splits import default_rule
 from blip3o_fast.flow.timesteps import check_distribution
 from blip3o_fast.flow.weighting import WEIGHTINGS
 from blip3o_fast.models.normalizer import parse_spec
@@ -36,7 +37,7 @@ FREE_ON_RESUME = frozenset(
         "max_bad_steps", "load_best_model_at_end", "wandb_project", "wandb_run_name", "no_wandb", "device",
         "compile_model", "gradient_checkpointing", "resume_from_checkpoint", "debug", "dry_run", "output_dir",
         "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "normalize_embeddings", "progress",
-        "backend", "attention_backend", "force", "report_to", "profile_steps",
+        "backend", "attention_backend", "force", "report_to", "profile_steps", "on_bad_shard",
     }
 )  # fmt: skip
 
@@ -100,6 +101,9 @@ class TrainSettings:
     normalize: str = "none"
     normalize_embeddings: bool = False  # the original's flag: the same as normalize="l2"
     num_workers: int = 0
+    loading: str = "auto"  # memory, stream (from a folder of shards), or auto: by the folder's size
+    split: str = "auto"  # random, hash (of each picture's key), or auto: what the set says (data.splits)
+    on_bad_shard: str = "stop"  # or skip; streaming only
 
     # Logging, evaluation, checkpoints
     logging_steps: int = 100
@@ -145,6 +149,10 @@ class TrainSettings:
                 self.preset = "small"
         if self.normalize_embeddings and self.normalize == "none":
             self.normalize = "l2"
+
+    def split_rule(self) -> str:
+        """``"random"`` or ``"hash"``: as asked for, else what the set says (`data.splits.default_rule`)."""
+        return default_rule(self.embeddings_path) if self.split == "auto" else self.split
 
     def check(self) -> None:
         """Raise one ValueError that names every bad flag, what it is and what is allowed."""
@@ -237,6 +245,9 @@ class TrainSettings:
             number("guidance_scale", 0),
             one_of("lr_scheduler", LR_SCHEDULERS),
             one_of("device", DEVICES),
+            one_of("loading", ("auto", "memory", "stream")),
+            one_of("split", ("auto", "random", "hash")),
+            one_of("on_bad_shard", ("stop", "skip")),
             one_of("prediction_type", ("v_prediction", "epsilon")),
             one_of("schedule_type", ("linear", "cosine")),
             one_of("loss_weighting", WEIGHTINGS),

@@ -62,7 +62,8 @@ def needs(settings: TrainSettings, config: BLIP3oConfig, data_bytes: int, contex
 
 def needs_of(settings: TrainSettings, data: Data, config: BLIP3oConfig) -> Needs:
     held = (data.conditions, data.targets, data.held_out_conditions, data.held_out_targets)
-    features = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    # what is streamed from its folder takes none
+    features = sum(side.numel() * side.element_size() for side in held if isinstance(side, torch.Tensor))
     return needs(settings, config, features, data.conditions.shape[1])
 
 
@@ -153,7 +154,7 @@ def plan(
     # while the newest is written the oldest is still there; the trained model at the end
     disk = (min(kept, -(-steps // settings.save_steps)) + 1) * wants.checkpoint + wants.weights
     samples = settings.batch_size * settings.gradient_accumulation_steps * world / step_seconds
-    sample = 2 * (data.conditions[0].numel() + data.targets[0].numel())
+    sample = 2 * (data.conditions.shape[1:].numel() + data.targets.shape[1:].numel())
     hours = steps * step_seconds / 3600
     return "\n".join(
         [

@@ -119,10 +119,10 @@ def _flow_loss(settings: TrainSettings, model: BLIP3oDiT) -> Any:
 
 def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> tuple[str, float]:
     """Forward and backward of the first batch, twice: what happened, and the seconds of a step by the second."""
-    from blip3o_fast.training.stream import SampleOrder
+    from blip3o_fast.training.streamed import order_for
 
     model.to(device)
-    pictures = SampleOrder(len(data.conditions), settings.seed).pictures(0, settings.batch_size)
+    pictures = order_for(data.conditions, settings.seed).pictures(0, settings.batch_size)
     dtype = torch.float16 if settings.fp16 else torch.bfloat16
     for _ in range(2):  # the first one also warms up
         start = time.perf_counter()
@@ -288,7 +288,7 @@ def _finish(trainer: BLIP3oTrainer, output: Path, run: dict[str, Any], quality: 
         from blip3o_fast.training.report import write_report
 
         say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=run['yardstick'])}")
-        say(f"report: {write_report(output, entries, run, neighbours_of(quality, run['settings']))}")
+        say(f"report: {write_report(output, entries, run, neighbours_of(quality))}")
     except ModuleNotFoundError as error:
         say(f'no loss curve and no report: {error.name} is not installed (pip install "blip3o_fast[report]")')
     return saving.evaluation_of(entries, trainer.state.global_step)
