@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_expected(error: Exception) -> bool:
     """Whether the error is a refusal with a message for the user; anything else is a defect and keeps its traceback."""
-    refusals = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, UsageError)
+    refusals = (ValueError, OSError, ImportError, FloatingPointError, UsageError)
     return isinstance(error, refusals) or type(error).__module__.startswith("blip3o_fast.")
 
 

@@ -23,6 +23,7 @@ VARIABLES = {
     "HF_HOME": "where the hub client keeps its files",
     "HF_HUB_OFFLINE": "1: the hub client never touches the network",
     "LOCAL_RANK": "number of this process on its machine, set by torchrun: which GPU is its",
+    "LOCAL_WORLD_SIZE": "number of processes on this machine, set by torchrun: they share its memory",
     "MKL_NUM_THREADS": "threads of the CPU matrix products",
     "OMP_NUM_THREADS": "threads of torch on the CPU",
     "RANK": "number of this process, set by torchrun",

@@ -90,7 +90,7 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
     held_conditions, held_targets = conditions[:0], targets[:0]
     if held_out is not None:
         held_conditions, held_targets = held_out.conditions, held_out.targets
-    _check_count(settings, len(conditions))
+    _check_count(settings, len(conditions), len(held_conditions))
     if normalizer is None:
         normalizer = FeatureNormalizers.fit(train.conditions, train.targets, settings.normalize)
     some = evenly_spaced(len(held_targets), MAX_PICTURES)
@@ -111,7 +111,12 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
     )
 
 
-def _check_count(settings: TrainSettings, found: int) -> None:
+def _check_count(settings: TrainSettings, found: int, held_out: int) -> None:
+    if settings.eval_split and not held_out:
+        raise ValueError(
+            f"--eval_split {settings.eval_split}: none of the {found} pictures of {settings.embeddings_path} is held "
+            "out; give a larger share, or 0 to train without evaluations"
+        )
     effective = settings.batch_size * settings.gradient_accumulation_steps
     if found < 2:
         raise ValueError(f"{settings.embeddings_path}: {found} training pictures; at least 2 are needed")
@@ -123,7 +128,7 @@ def _check_count(settings: TrainSettings, found: int) -> None:
 def _streamed_data(settings: TrainSettings, normalizer: FeatureNormalizers | None) -> Data:
     """`Data` of views; only what evaluation looks at again and again is taken into memory."""
     given = streamed.load(settings, normalizer)
-    _check_count(settings, len(given["conditions"]))
+    _check_count(settings, len(given["conditions"]), len(given["held_out_conditions"]))
     raw, raw_train = given.pop("raw"), given.pop("raw_train")
     some = evenly_spaced(len(raw[0]), MAX_PICTURES)
     checksum = _checksum(raw_train[0]) ^ _checksum(raw_train[1])

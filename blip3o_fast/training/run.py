@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blip3o_fast import __version__, env
+from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
 from blip3o_fast.ops import use_attention, use_backend
@@ -50,7 +51,23 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """
     settings.check()
     with use_backend(settings.backend), use_attention(settings.attention_backend):
+        if (settings.backend, settings.attention_backend) != ("auto", "auto"):
+            _try_backends(settings)
         return _train(settings)
+
+
+def _try_backends(settings: TrainSettings) -> None:
+    """A forward of a tiny network: what the backends that were named cannot do is said before any data is read."""
+    device = prepare.device_for(settings)
+    model = BLIP3oDiT(BLIP3oConfig.preset("tiny")).to(device)
+    x, condition = torch.zeros(1, 64, 16, device=device), torch.zeros(1, 64, 24, device=device)
+    dtype = torch.float16 if settings.fp16 else torch.bfloat16
+    try:
+        with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
+            model(x, torch.ones(1, device=device), condition).square().mean().backward()
+    except RuntimeError as error:
+        names = f"--backend {settings.backend}, --attention_backend {settings.attention_backend}"
+        raise ValueError(f"{names} on {device.type}: {str(error).splitlines()[0]}") from error
 
 
 def _train(settings: TrainSettings) -> dict[str, Any]:
@@ -76,7 +93,7 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
         config = start.config
     else:
         config = read_config(resume) if resume else prepare.config_for(settings, data)
-    estimate.check_memory(settings, data, device, config)
+    estimate.check_memory(settings, data, device, config, world)
     model = prepare.model_for(settings, data, start, config)
     if resume:
         tell_other_length(earlier, steps)
