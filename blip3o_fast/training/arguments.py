@@ -41,6 +41,9 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
+# Of transformers' own: what only watches or waits.
+FREE_PASSED_ON = frozenset({"ddp_timeout", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step"})
+
 
 @dataclass
 class TrainSettings:
@@ -262,11 +265,14 @@ class TrainSettings:
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Settings in which continuing an earlier run would change what it computes, one line each."""
-        mine = self.to_dict()
+        mine, theirs = self.to_dict(), dict(earlier)
+        for settings in (mine, theirs):
+            more = dict(settings.get("training_arguments") or {})
+            settings["training_arguments"] = {name: more[name] for name in more if name not in FREE_PASSED_ON}
         lines = [
-            f"--{field.name}: the run has {earlier[field.name]!r}, now {mine[field.name]!r}"
+            f"--{field.name}: the run has {theirs[field.name]!r}, now {mine[field.name]!r}"
             for field in fields(self)
-            if field.name not in FREE_ON_RESUME and field.name in earlier and earlier[field.name] != mine[field.name]
+            if field.name not in FREE_ON_RESUME and field.name in theirs and theirs[field.name] != mine[field.name]
         ]
         return lines
 
