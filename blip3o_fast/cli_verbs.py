@@ -29,14 +29,23 @@ def show_env() -> None:
 
 
 def extract(
-    images: Annotated[list[str], option("images", "A folder of pictures or of webdataset tars, or a tar; repeatable.")],
-    output_dir: Annotated[Path, option("output_dir", "The folder of shards; made, or continued.")],
+    images: Annotated[
+        list[str] | None,
+        option("images", "A folder of pictures or of tars, a tar, or hf:DATASET; repeatable. The folder data."),
+    ] = None,
+    output_dir: Annotated[Path, option("output_dir", "The folder of shards; made, or continued.")] = Path("embeddings"),
     condition_encoder: Annotated[
         str, option("condition_encoder", "The network whose features condition the model.")
-    ] = "efficientnet-lite0",
+    ] = "eva-clip-8b",
     target_encoder: Annotated[
         str, option("target_encoder", "The network whose features are generated.")
-    ] = "efficientnet-lite2",
+    ] = "clip-vit-l-14",
+    tower: Annotated[
+        str,
+        option(
+            "tower", "projected (into CLIP's joint space) or hidden (the last layer); the first there is.", "Encoders"
+        ),
+    ] = "",
     batch_size: Annotated[
         int | None, option("batch_size", "Pictures per forward pass; 4 on a CPU, 64 on a GPU.")
     ] = None,
@@ -67,9 +76,13 @@ def extract(
 
     Examples:
 
-      blip3o-fast extract --images pictures --output_dir runs/embeddings
+      blip3o-fast extract
 
-      blip3o-fast extract --images tars --output_dir clip --target_encoder clip-vit-b-32
+      blip3o-fast extract --images pictures --output_dir runs/embeddings --condition_encoder efficientnet-lite0
+      --target_encoder efficientnet-lite2
+
+      blip3o-fast extract --images "hf:FOLDER?split=train&image=image&caption=text" --output_dir clip
+      --condition_encoder eva02-clip-l-14 --target_encoder clip-vit-l-14 --tower hidden
     """
     given = locals() | {"quiet": quiet or None}
     from blip3o_fast.data.extract import extract as run_extraction

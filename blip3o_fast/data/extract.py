@@ -38,11 +38,12 @@ class Extraction:
 
 
 def extract(
-    images: str | os.PathLike[str] | list[str | os.PathLike[str]],
-    output_dir: str | os.PathLike[str],
+    images: str | os.PathLike[str] | list[str | os.PathLike[str]] | None = None,
+    output_dir: str | os.PathLike[str] = Path("embeddings"),
     *,
-    condition_encoder: str | Encoder = "efficientnet-lite0",
-    target_encoder: str | Encoder = "efficientnet-lite2",
+    condition_encoder: str | Encoder = "eva-clip-8b",
+    target_encoder: str | Encoder = "clip-vit-l-14",
+    tower: str = "",
     batch_size: int | None = None,
     workers: int | None = None,
     device: str = "auto",
@@ -58,9 +59,12 @@ def extract(
     """Extract ``condition [n, 64, E]`` and ``target [n, 64, C]`` of every picture into a folder of shards.
 
     Args:
-        images: a folder of pictures, a folder of webdataset tars, a tar, or a list of these.
+        images: a folder of pictures, a folder of webdataset tars, a tar, a dataset of the library datasets (see
+            `find_sources`), or a list of these; None is the folder ``data``, where the original project has its tars.
         output_dir: made or continued: shards that are whole and whose source has not changed are kept.
-        condition_encoder, target_encoder: names (`load_encoder`) or encoders.
+        condition_encoder, target_encoder: names (`load_encoder`) or encoders; the original project's pair, unless
+            named. The efficientnets need no hub.
+        tower: of both, where they are names: ``"projected"``, ``"hidden"`` or ``""`` (see `load_encoder`).
         batch_size: pictures per forward pass (4 on a CPU, 64 on a GPU).
         workers: threads (as many as cores that this process may use).
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
@@ -78,15 +82,15 @@ def extract(
     """
     _check(batch_size, workers, dtype, format, limit)
     place = _device(device)
-    sources = find_sources(images)
+    sources = find_sources("data" if images is None else images)
     given = ((condition_encoder, condition_revision), (target_encoder, target_revision))
-    infos = [e.info if isinstance(e, Encoder) else encoder_info(e, revision=r) for e, r in given]
+    infos = [e.info if isinstance(e, Encoder) else encoder_info(e, tower=tower, revision=r) for e, r in given]
 
     def load() -> tuple[Encoder, Encoder]:
         condition, target = (
             e.to(place)
             if isinstance(e, Encoder)
-            else load_encoder(e, device=place, revision=r, trust_remote_code=trust_remote_code)
+            else load_encoder(e, tower=tower, device=place, revision=r, trust_remote_code=trust_remote_code)
             for e, r in given
         )
         return condition, target
@@ -149,9 +153,7 @@ def _numbers(writer: ShardWriter, sources: list[Source], overwrite: bool) -> tup
             "give them as well, choose another output folder, or overwrite"
         )
     dropped = [present.pop(name) for name in foreign]
-    numbers = {
-        source: int(name.removeprefix("shard_").removesuffix(".safetensors")) for source, name in present.items()
-    }
+    numbers = {source: int(name[len("shard-") : -len(".safetensors")]) for source, name in present.items()}
     taken = set(numbers.values())
     free = (n for n in itertools.count() if n not in taken)
     return {s.name: numbers[s.name] if s.name in numbers else next(free) for s in sources}, dropped

@@ -14,24 +14,31 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
+
+from .skipped import Skipped as Skipped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+UNREAD = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".svg")  # pictures, but told as skipped
 MAX_PICTURE_BYTES = 64 << 20
 MAX_CAPTION_BYTES = 1 << 16
 MAX_MEMBERS = 2_000_000  # of one tar
-MAX_REASONS = 1000  # kept of what was skipped: a shard's header holds them
-MAX_NAME = 255  # characters of a name among them; a tar may call its members anything
+MAX_MEMBER_BYTES = 64 << 30  # of one member, also of those that are passed over
+MAX_HEADER_BYTES = 1 << 20  # of a long name or of attributes, which tarfile reads whole
 MAX_PIXELS = 64_000_000  # 200 MB of RGB; a small file can announce far more (a decompression bomb)
 
 
 class DamagedPictureError(ValueError):
     """A picture that cannot be decoded; the message says why."""
+
+
+class DamagedTarError(ValueError):
+    """A tar that is none, or that breaks off."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +49,6 @@ class Picture:
     caption: str
     data: bytes
     extension: str
-
-
-@dataclass
-class Skipped:
-    """What was not read, and why: the first `MAX_REASONS` by name, ``unnamed`` counts the others."""
-
-    reasons: dict[str, str] = field(default_factory=dict)
-    unnamed: int = 0
-
-    def add(self, name: str, reason: str) -> None:
-        name = name[:MAX_NAME]
-        if name in self.reasons or len(self.reasons) < MAX_REASONS:
-            self.reasons[name] = reason
-        else:
-            self.unnamed += 1
-
-    def update(self, other: Skipped) -> None:
-        """Add what ``other`` holds."""
-        for name, reason in other.reasons.items():
-            self.add(name, reason)
-        self.unnamed += other.unnamed
-
-    def __len__(self) -> int:
-        return len(self.reasons) + self.unnamed
-
-    def __str__(self) -> str:
-        shown = [f"{name} ({reason})" for name, reason in list(self.reasons.items())[:5]]
-        more = len(self) - len(shown)
-        return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
 
 
 def decode(data: bytes) -> Image:
@@ -114,6 +92,18 @@ class Source:
     files: tuple[Path, ...] = ()  # of a folder; empty for a tar
 
     def pictures(self, skipped: Skipped) -> Iterator[Picture]:
+        """What can be read, damaged parts and missing captions told to ``skipped``: nothing in a picture, a caption
+        or a tar's structure ends it, only a disk that fails (``ValueError``).
+        """
+        try:
+            for picture in self.read(skipped):
+                if not picture.caption:
+                    skipped.note(f"{self.name}:{picture.key}", "no caption")
+                yield picture
+        except DamagedTarError as error:  # what lies before the damage was given
+            skipped.add(self.name, str(error))
+
+    def read(self, skipped: Skipped) -> Iterator[Picture]:
         if self.files:
             return folder_pictures(self.path, self.files, skipped)
         return tar_pictures(self.path, skipped)
@@ -122,13 +112,18 @@ class Source:
 def find_sources(images: str | os.PathLike[str] | list[str | os.PathLike[str]], per_shard: int = 1000) -> list[Source]:
     """Every tar named or found directly in a folder named; a folder without tars gives its pictures.
 
-    Pictures of a folder (recursively, in sorted order) are taken ``per_shard`` at a time. Raises
-    ``FileNotFoundError`` or ``ValueError`` naming what was found where there is nothing to read.
+    Pictures of a folder (recursively, in sorted order) are taken ``per_shard`` at a time, and so are the rows of a
+    dataset (``hf:NAME``, or a folder of the library datasets: see `dataset_source`). Raises ``FileNotFoundError`` or
+    ``ValueError`` naming what was found where there is nothing to read.
     """
+    from .dataset_source import dataset_sources, is_dataset
+
     found: list[Source] = []
     for item in images if isinstance(images, list) else [images]:
         path = Path(item)
-        if path.is_file():
+        if is_dataset(os.fspath(item)):
+            found += dataset_sources(os.fspath(item), per_shard)
+        elif path.is_file():
             found.append(_tar_source(path))
         elif path.is_dir():
             tars = sorted(p for p in path.iterdir() if p.suffix == ".tar" and p.is_file())
@@ -190,7 +185,7 @@ def folder_pictures(folder: Path, files: tuple[Path, ...] | list[Path], skipped:
                 raise DamagedPictureError(f"more than {MAX_PICTURE_BYTES} bytes")
             data = file.read_bytes()
             text = file.with_suffix(".txt")
-            caption = _first_line(text.open("rb").read(MAX_CAPTION_BYTES)) if text.is_file() else ""
+            caption = first_line(text.open("rb").read(MAX_CAPTION_BYTES)) if text.is_file() else ""
         except (OSError, DamagedPictureError) as error:
             skipped.add(name, str(error))
             continue
@@ -209,15 +204,19 @@ def tar_pictures(path: Path, skipped: Skipped, stream: IO[bytes] | None = None) 
     """Pictures of one uncompressed webdataset tar: ``key.png`` (or jpg, jpeg, webp) and ``key.txt``, adjacent.
 
     With ``stream`` the bytes come from there as they arrive, and ``path`` only names them.
-    Raises ``ValueError`` naming the tar where it is not one or breaks off.
+    Raises `DamagedTarError` where it is none or breaks off, ``ValueError`` where it cannot be read for another
+    reason; both name the tar.
     """
     key, caption, found = None, "", None
     number = 0
+    room = path.stat().st_size if stream is None else MAX_MEMBER_BYTES
     try:
         with tarfile.open(path, "r|", fileobj=stream, tarinfo=_Member, errors="replace") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # a stream has no use for a list of what is past
                 number += 1
+                if not 0 <= member.size <= room:  # tarfile would pass over what is not there, block by block, for hours
+                    raise tarfile.ReadError(f"a member announces {member.size} bytes")
                 if number > MAX_MEMBERS:
                     raise ValueError(f"{path}: more than {MAX_MEMBERS} members; split it")
                 if member.isdir():
@@ -228,6 +227,8 @@ def tar_pictures(path: Path, skipped: Skipped, stream: IO[bytes] | None = None) 
                 base = member.name.rsplit("/", 1)[-1]
                 stem, _, extension = base.partition(".")
                 extension = "." + extension.lower()
+                if extension in UNREAD:
+                    skipped.add(f"{path.name}:{member.name}", f"a picture in a format that is not read ({extension})")
                 if extension not in EXTENSIONS and extension != ".txt":
                     continue  # json, cls and the like of other datasets: not ours to read
                 this = member.name[: len(member.name) - len(base)] + stem
@@ -243,19 +244,21 @@ def tar_pictures(path: Path, skipped: Skipped, stream: IO[bytes] | None = None) 
                 assert file is not None  # it is a regular file
                 data = file.read()
                 if extension == ".txt":
-                    caption = _first_line(data)
+                    caption = first_line(data)
                 elif found is None:
                     found = (data, extension)
                 else:
                     skipped.add(f"{path.name}:{member.name}", "a second picture of the same key")
         if key is not None and found is not None:
             yield Picture(key, caption, *found)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a whole uncompressed tar ({error}), after {number} members") from error
+    except (tarfile.TarError, EOFError) as error:
+        raise DamagedTarError(f"{path}: not a whole uncompressed tar ({error}), after {number} members") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}), after {number} members") from error
 
 
 class _Member(tarfile.TarInfo):
-    """tarfile takes a header that is missing, torn or damaged for the end of the archive; here it is an error."""
+    """A header that is missing, torn, damaged or absurd is an error here; tarfile takes some for the archive's end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -264,8 +267,17 @@ class _Member(tarfile.TarInfo):
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"{error} where a member or the end mark should be") from error
 
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        describes = member.type in (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if not 0 <= member.size <= (MAX_HEADER_BYTES if describes else MAX_MEMBER_BYTES):
+            raise tarfile.ReadError(f"a header announces {member.size} bytes")
+        return member
 
-def _first_line(data: bytes) -> str:
+
+def first_line(data: bytes) -> str:
+    """The first line of a caption, without what surrounds it."""
     text = data.decode("utf-8-sig", errors="replace")
     return text.splitlines()[0].strip() if text.strip() else ""
 

@@ -217,7 +217,7 @@ def recorded_encoders(path: Path, config: Any, trust_remote_code: bool, device: 
         _, at, revision = info.revision.rpartition("@")
         revision = revision if at and revision != "main" else ""
         try:
-            here = encoder_info(info.name, revision=revision)
+            here = encoder_info(info.name, tower=info.tower, revision=revision)
         except ValueError as error:
             raise ValueError(f"--embeddings_path {path}: its {side} encoder is unknown here; {error}") from error
         for field in fields(EncoderInfo):
@@ -225,9 +225,12 @@ def recorded_encoders(path: Path, config: Any, trust_remote_code: bool, device: 
             if was != now:
                 raise ValueError(f"--embeddings_path {path}: the {field.name} of its {side} encoder {info.name} was "
                                  f"{was!r}, here it is {now!r}; extract again")  # fmt: skip
-        infos.append((info.name, revision))
+        infos.append((info.name, info.tower, revision))
     where = device_named(device)
-    first, second = (load_encoder(n, device=where, revision=r, trust_remote_code=trust_remote_code) for n, r in infos)
+    first, second = (
+        load_encoder(name, tower=tower, device=where, revision=revision, trust_remote_code=trust_remote_code)
+        for name, tower, revision in infos
+    )
     return first, second
 
 

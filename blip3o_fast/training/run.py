@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ import torch
 from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
-from blip3o_fast.training import checkpoints, prepare, saving
-from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+from blip3o_fast.ops import use_attention, use_backend
+from blip3o_fast.training import checkpoints, estimate, prepare, saving
+from blip3o_fast.training.arguments import TrainSettings, steps_named, warmup_steps
 from blip3o_fast.training.finite import NonFiniteError
 from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
@@ -48,6 +50,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint of the last finished step has been written.
     """
     settings.check()
+    with use_backend(settings.backend), use_attention(settings.attention_backend):
+        return _train(settings)
+
+
+def _train(settings: TrainSettings) -> dict[str, Any]:
     _need_libraries()
     resume = resume_point(settings)
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
@@ -64,7 +71,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         more = "more with a larger --max_steps or --num_epochs"
         say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; {more}")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
-    model = prepare.model_for(settings, data, start, read_config(resume) if resume else None)
+    if (profiled := steps_named(settings.profile_steps)) and profiled[0] > steps:
+        raise ValueError(f"--profile_steps {settings.profile_steps}: the run has only {steps} steps")
+    if start is not None:
+        config = start.config
+    else:
+        config = read_config(resume) if resume else prepare.config_for(settings, data)
+    estimate.check_memory(settings, data, device, config)
+    model = prepare.model_for(settings, data, start, config)
     if resume:
         tell_other_length(earlier, steps)
     say(prepare.header(settings, data, model, device, steps, world))
@@ -73,7 +87,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if resume:
         say(f"resuming    {resume}")
     if settings.dry_run:
-        say(f"dry run     {_dry_step(settings, data, model, device)}\nNothing was written.")
+        text, seconds = _dry_step(settings, data, model, device)
+        say(f"dry run     {text}")
+        say(estimate.plan(settings, data, model.config, device, steps, world, seconds) + "\nNothing was written.")
         return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
     return _run(settings, data, model, device, steps, resume, earlier)
 
@@ -98,27 +114,33 @@ def _flow_loss(settings: TrainSettings, model: BLIP3oDiT) -> Any:
         shift=settings.timestep_shift,
         condition_dropout=settings.condition_dropout,
         regularization_weight=settings.regularization_weight,
+        weighting=settings.loss_weighting,
     )
 
 
-def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> str:
-    """One forward and backward pass of the first batch."""
+def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> tuple[str, float]:
+    """Forward and backward of the first batch, twice: what happened, and the seconds of a step by the second."""
     from blip3o_fast.training.stream import SampleOrder
 
     model.to(device)
     pictures = SampleOrder(len(data.conditions), settings.seed).pictures(0, settings.batch_size)
     dtype = torch.float16 if settings.fp16 else torch.bfloat16
-    with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
-        loss, _ = _flow_loss(settings, model)(
-            model,
-            data.targets[pictures].to(device),
-            data.conditions[pictures].to(device),
-            seed=settings.seed,
-            sample_index=0,
-        )
-    loss.backward()
+    for _ in range(2):  # the first one also warms up
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
+            loss, _ = _flow_loss(settings, model)(
+                model,
+                data.targets[pictures].to(device),
+                data.conditions[pictures].to(device),
+                seed=settings.seed,
+                sample_index=0,
+            )
+        loss.backward()
+        value = float(loss.detach())  # waits for the device
+        seconds = time.perf_counter() - start
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if device.type == "cuda" else ""
-    return f"one batch forward and backward works, loss {float(loss.detach()):.4f}{memory}"
+    text = f"one batch forward and backward works, loss {value:.4f}{memory}"
+    return text, seconds * settings.gradient_accumulation_steps
 
 
 def _run(
@@ -131,17 +153,17 @@ def _run(
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     output = Path(settings.output_dir)
+    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
+    from blip3o_fast.training.quality import generation_quality
+    from blip3o_fast.training.trainer import BLIP3oTrainer
+    from blip3o_fast.training.trainer_args import training_arguments
+    from blip3o_fast.training.validation import Validation
+    from blip3o_fast.training.watch import step_cost, watchers
+
+    watching = watchers(settings, resume, evaluates=bool(len(data.held_out_conditions)))
     lines = (earlier or {}).get("yardstick") or yardstick_for(settings, data, model.config)
     say(_yardstick_line(lines))
-
-    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
-    from blip3o_fast.training.trainer import BLIP3oTrainer
-    from blip3o_fast.training.trainer_args import training_arguments, wandb_is_ready
-    from blip3o_fast.training.validation import Validation
-
-    wandb, reason = (False, "") if settings.no_wandb else wandb_is_ready()
-    if reason and not wandb:
-        say(reason)
+    quality = generation_quality(settings, data)
     validation = None
     if len(data.held_out_conditions):
         validation = Validation(
@@ -150,10 +172,10 @@ def _run(
             model.config,
             settings.eval_batch_size,
             lines["linear_at_levels"],
-            prepare.generation_quality(settings, data),
+            quality,
         )
     args = training_arguments(
-        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None, wandb=wandb
+        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None
     )
     if settings.compile_model:
         model.compile()
@@ -170,6 +192,7 @@ def _run(
         keys=data.keys,
         init_optimizer=None if resume else settings.init_optimizer,
         record={"settings": settings.to_dict(), "data": data.describe(), "versions": _versions()},
+        cost=step_cost(settings, data, model, device),
     )
     from transformers import PrinterCallback
 
@@ -179,6 +202,8 @@ def _run(
     keep, best = settings.save_total_limit, settings.load_best_model_at_end
     trainer.add_callback(StepCallback(trainer, stop, keep, keep_best=best))
     trainer.add_callback(MetricsFile(output / checkpoints.METRICS_FILE))
+    for callback in watching:
+        trainer.add_callback(callback)
     if settings.progress is not False:
         trainer.add_callback(progress)
 
@@ -222,7 +247,7 @@ def _run(
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
         _leave_group()
         raise KeyboardInterrupt
-    last = _finish(trainer, output, lines, best=best) if main else {}
+    last = _finish(trainer, output, run, quality, best=best) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
@@ -253,8 +278,8 @@ def _yardstick_line(lines: dict[str, Any]) -> str:
     return f"yardstick   loss of predicting {values}: a network that works ends below the last"
 
 
-def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any], *, best: bool) -> dict[str, Any]:
-    """The trained model at the root of the run's folder, and the plot. Returns the model's evaluation."""
+def _finish(trainer: BLIP3oTrainer, output: Path, run: dict[str, Any], quality: Any, *, best: bool) -> dict[str, Any]:
+    """The trained model at the root of the run's folder, the plot and the report. Returns the model's evaluation."""
     if best and (chosen := checkpoints.best_whole(output)) is not None:
         trainer.restore(chosen)
         say(f"best model: {chosen.name}, held-out loss {checkpoints.read_state(chosen)['eval_loss']:.4f}")
@@ -264,11 +289,14 @@ def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any], *, best
     trainer.save_model(str(output))
     entries = checkpoints.read_metrics(output / checkpoints.METRICS_FILE)
     try:
+        from blip3o_fast.training.neighbours import neighbours_of
         from blip3o_fast.training.plots import plot_loss
+        from blip3o_fast.training.report import write_report
 
-        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=lines)}")
+        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=run['yardstick'])}")
+        say(f"report: {write_report(output, entries, run, neighbours_of(quality, run['settings']))}")
     except ModuleNotFoundError as error:
-        say(f'no loss curve: {error.name} is not installed (pip install "blip3o_fast[report]")')
+        say(f'no loss curve and no report: {error.name} is not installed (pip install "blip3o_fast[report]")')
     return saving.evaluation_of(entries, trainer.state.global_step)
 
 

@@ -24,13 +24,14 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
 from blip3o_fast.training import checkpoints, saving
+from blip3o_fast.training.clock import StepClock, StepCost
 from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
 from blip3o_fast.training.finite import FiniteWatch, NonFiniteError
 from blip3o_fast.training.loader import dead_workers_named
 from blip3o_fast.training.optimizer_state import load_named_state, read_named_state
 from blip3o_fast.training.optimizers import check_optimizer
-from blip3o_fast.training.parts import Sized, Window, without_config
+from blip3o_fast.training.parts import Sized, without_config
 from blip3o_fast.training.stream import BatchStream, SampleOrder, stream_loader
 from blip3o_fast.training.sums import MetricSums
 from blip3o_fast.training.validation import Validation
@@ -56,6 +57,7 @@ class BLIP3oTrainer(Trainer):
         keys: names of the training pictures, for such a message.
         record: settings, data and versions, kept in each checkpoint's state.json.
         init_optimizer: what `optimizer_state.read_named_state` takes: the state that the optimizer begins with.
+        cost: of a sample, for tokens per second and MFU in the log; None: neither.
         callbacks: as in the Trainer.
     """
 
@@ -74,6 +76,7 @@ class BLIP3oTrainer(Trainer):
         keys: Sequence[str] | None = None,
         record: dict[str, Any] | None = None,
         init_optimizer: str | Path | None = None,
+        cost: StepCost | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         if len(conditions) != len(targets) or not len(conditions):
@@ -95,7 +98,7 @@ class BLIP3oTrainer(Trainer):
         self.sums = MetricSums()
         self.grad_norm: Tensor | None = None
         self.watch = FiniteWatch(max_bad_steps, reads_are_free=args.device.type == "cpu", scaled=args.fp16)
-        self._window = Window()
+        self.clock, self.cost = StepClock(args.device), cost
         with without_config(model):
             super().__init__(
                 model=model,
@@ -119,10 +122,6 @@ class BLIP3oTrainer(Trainer):
     def samples_seen(self) -> int:
         return self.state.global_step * self.effective_batch
 
-    def begin_window(self) -> None:
-        """Throughput is counted from here (the first step, not the construction)."""
-        self._window.start(self.samples_seen())
-
     def get_train_dataloader(self) -> DataLoader:
         """The stream from the present step on. Each rank reads its own part, so accelerate must not shard again."""
         accumulate = self.args.gradient_accumulation_steps
@@ -141,6 +140,10 @@ class BLIP3oTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     # ---- optimizer -------------------------------------------------------------------------------------------------
 
@@ -167,13 +170,14 @@ class BLIP3oTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, metrics = self.loss_function(
-            model,
-            inputs["target"],
-            inputs["encoder_hidden_states"],
-            seed=self.args.seed,
-            sample_index=inputs["sample_index"],
-        )
+        with self.clock.forward():
+            loss, metrics = self.loss_function(
+                model,
+                inputs["target"],
+                inputs["encoder_hidden_states"],
+                seed=self.args.seed,
+                sample_index=inputs["sample_index"],
+            )
         if model.training:
             self.sums.add(loss, metrics)
             loss = self.watch.gated(loss)
@@ -222,7 +226,8 @@ class BLIP3oTrainer(Trainer):
             if self.linear_loss and "loss" in logs:
                 logs["loss_over_linear"] = logs.get("mse", logs["loss"]) / self.linear_loss
             logs["samples"] = self.samples_seen()
-            logs["samples_per_second"] = self._window.rate(self.samples_seen())
+            gather = self.accelerator.gather if self.args.world_size > 1 else None
+            logs.update(self.clock.read(self.samples_seen(), gather, self.cost))
         super().log(logs, start_time)
 
     def _mean_over_ranks(self, values: Tensor) -> Tensor:
@@ -236,7 +241,7 @@ class BLIP3oTrainer(Trainer):
         """`validation` with the averaged weights where there are some: those become the trained model."""
         if self.validation is None:
             raise ValueError("validation is None: this trainer was made without held-out data")
-        with self._window.excluding(), self.evaluated_weights():
+        with self.clock.excluding(), self.evaluated_weights():
             # model_wrapped carries accelerate's autocast; unwrapped DDP, because no gradient is exchanged.
             wrapped: Any = self.model_wrapped
             model = getattr(wrapped, "module", wrapped)
@@ -302,7 +307,7 @@ class BLIP3oTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.tell_bad_steps()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with self._window.excluding(), saving.whole_or_nothing(folder):
+        with self.clock.excluding(), saving.whole_or_nothing(folder):
             if self.args.should_save:
                 checkpoints.unmark(folder)
             super()._save_checkpoint(model, trial)

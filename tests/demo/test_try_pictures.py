@@ -60,7 +60,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_picture(run / "strange.png", 99)
     write_tars(folder_pictures(stamps, picture_files(stamps), []), run / "tars", 5)
     names = tower(run / "towers" / "one", E, 1), tower(run / "towers" / "two", C, 2)
-    extract(run / "tars", run / "embeddings", condition_encoder=names[0], target_encoder=names[1], format="pickle")
+    encoders = {"condition_encoder": names[0], "target_encoder": names[1], "tower": "hidden"}
+    extract(run / "tars", run / "embeddings", **encoders, format="pickle")
     shutil.move(run / "embeddings" / PICKLE, run / PICKLE)
     data = EmbeddingDataset(run / "embeddings")
     config = BLIP3oConfig.preset("tiny", in_channels=4, cross_attention_dim=E, hidden_size=16)
@@ -116,7 +117,7 @@ def test_neighbours_are_those_of_a_brute_force(run: Path, tmp_path: Path, drawn:
     paths = [run / "strange.png", stamp(run, 4)]
     tried = try_pictures(settings_of(run, *paths, output=tmp_path / "a.png", num_samples=2, seed=5, guidance_scale=3.0))
     meta = json.loads((run / "embeddings" / "meta.json").read_text())
-    first, second = (load_encoder(meta[side]["name"]) for side in ("condition", "target"))
+    first, second = (load_encoder(meta[side]["name"], tower="hidden") for side in ("condition", "target"))
     gallery = EmbeddingDataset(run / "embeddings").targets.double().numpy()
     model = BLIP3oDiT.from_pretrained(run / "model")
     for position, (path, one) in enumerate(zip(paths, tried, strict=True)):
@@ -277,7 +278,7 @@ def test_embeddings_that_do_not_fit(run: Path, tmp_path: Path) -> None:
     changed = embeddings("changed", target=meta["target"] | {"preprocessing": "224x224"})
     other = tmp_path / "other"
     names = {"condition_encoder": meta["target"]["name"], "target_encoder": meta["condition"]["name"]}
-    extract(run / "tars", other, **names)
+    extract(run / "tars", other, **names, tower="hidden")
     silent = tmp_path / "silent.pkl"
     whole = pickle.loads((run / PICKLE).read_bytes())
     silent.write_bytes(pickle.dumps({k: v for k, v in whole.items() if k != "config"}, protocol=4))

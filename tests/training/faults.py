@@ -27,6 +27,7 @@ torch.set_num_threads(1)
 from blip3o_fast.training import checkpoints, run  # noqa: E402
 from blip3o_fast.training import trainer as _loaded_once  # noqa: E402, F401
 from blip3o_fast.training.arguments import TrainSettings  # noqa: E402
+from blip3o_fast.training.clock import MEASURED  # noqa: E402
 from blip3o_fast.training.saving import INTERRUPTED  # noqa: E402
 
 STEPS, SAVE, BATCH = 12, 3, 4
@@ -173,9 +174,8 @@ def outcome(output):
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     digests["optimizer"] = _digest([value for state in optimizer.values() for value in state.values()])
     digests["scheduler"] = torch.load(last / "scheduler.pt", weights_only=True)
-    clock = ("seconds", "samples_per_second")
     entries = checkpoints.read_metrics(output / "metrics.jsonl")
-    digests["metrics"] = [{name: entry[name] for name in entry if name not in clock} for entry in entries]
+    digests["metrics"] = [{name: entry[name] for name in entry if name not in MEASURED} for entry in entries]
     digests["checkpoints"] = [path.name for path in checkpoints.checkpoints(output)]
     return digests
 

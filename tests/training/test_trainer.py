@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_fast.training import checkpoints
+from blip3o_fast.training.clock import MEASURED
 
 
 def weights(folder, name="model.safetensors"):
@@ -20,8 +21,7 @@ def same(first, second):
 def logged(output):
     """metrics.jsonl without the clock."""
     entries = checkpoints.read_metrics(output / "metrics.jsonl")
-    clock = ("seconds", "samples_per_second")
-    return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
+    return [{key: value for key, value in entry.items() if key not in MEASURED} for entry in entries]
 
 
 def test_a_continued_run_is_bitwise_the_same(tmp_path, make_trainer, stand_in):
