@@ -22,6 +22,7 @@ from blip3o_fast.models.recognise import read_config
 from blip3o_fast.ops import use_attention, use_backend
 from blip3o_fast.training import checkpoints, estimate, prepare, saving
 from blip3o_fast.training.arguments import TrainSettings, steps_named, warmup_steps
+from blip3o_fast.training.finite import NonFiniteError
 from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
     check_same_run,
@@ -246,6 +247,11 @@ def _run(
                     checkpoints.rotate(output, keep, keep_best=best)
             else:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except NonFiniteError as error:  # on every rank at the same step
+        if main:
+            checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "stopped", "reason": str(error)})
+        _leave_group()
+        raise
     except torch.OutOfMemoryError as error:
         raise ValueError(_out_of_memory(settings, error)) from error
     finally:
