@@ -86,15 +86,16 @@ def test_int8_of_zeros_and_its_report(tmp_path: Path) -> None:
     assert found["recall_at_1"] == 0.0 and found["neighbours"] < 0.5 and found["error"] > 1
 
 
-def test_bf16_and_compiled_encoders(tars: Path, tmp_path: Path) -> None:
+def test_bf16_and_compiled_encoders(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tars, tmp_path / "fp32")
     run(tars, tmp_path / "bf16", precision="bf16")
     exact, rounded = read_shards(tmp_path / "fp32").condition, read_shards(tmp_path / "bf16").condition
     assert torch.equal(rounded, rounded.bfloat16().float())  # the products really are in bf16
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 2**-8
-    with torch.compiler.set_stance("force_eager"):  # what is compiled is torch's business; that it is asked to be, ours
-        run(tars, tmp_path / "compiled", compile_encoders=True)
-    assert torch.equal(read_shards(tmp_path / "compiled").condition, exact)
+    compiled = []  # the slow test below compiles; importing the compiler alone takes seconds
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    run(tars, tmp_path / "compiled", compile_encoders=True)
+    assert len(compiled) == 2 and torch.equal(read_shards(tmp_path / "compiled").condition, exact)
 
 
 @pytest.mark.slow
