@@ -26,6 +26,7 @@ VARIABLES = {
     "MKL_NUM_THREADS": "threads of the CPU matrix products",
     "OMP_NUM_THREADS": "threads of torch on the CPU",
     "RANK": "number of this process, set by torchrun",
+    "TORCHELASTIC_RESTART_COUNT": "how often torchrun has started this process again: then training continues",
     "TORCH_LOGS": "what torch.compile prints",
     "TORCHINDUCTOR_CACHE_DIR": "where torch.compile keeps what it built",
     "TRITON_CACHE_DIR": "where Triton keeps what it built",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_fast.flow.timesteps import check_distribution
+from blip3o_fast.models.checkpointing import MODES as CHECKPOINTING_MODES
 from blip3o_fast.models.normalizer import parse_spec
 
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -24,8 +25,8 @@ FREE_ON_RESUME = frozenset(
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
         "wandb_project", "wandb_run_name", "no_wandb", "device", "compile_model", "gradient_checkpointing",
-        "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path", "init_from", "max_steps",
-        "num_epochs", "normalize_embeddings", "progress",
+        "checkpointing_mode", "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path",
+        "init_from", "max_steps", "num_epochs", "normalize_embeddings", "progress",
     }
 )  # fmt: skip
 
@@ -49,6 +50,7 @@ class TrainSettings:
     context_projection: bool | None = None
     init_from: str | None = None  # folder or hub name of a trained model whose weights are the start
     gradient_checkpointing: bool = False
+    checkpointing_mode: str = "block"  # what --gradient_checkpointing makes again: whole blocks, or the cheap ops only
 
     # Optimisation. `max_steps` wins over `num_epochs`.
     num_epochs: float = 10
@@ -192,6 +194,7 @@ class TrainSettings:
             number("guidance_scale", 0),
             one_of("lr_scheduler", LR_SCHEDULERS),
             one_of("device", DEVICES),
+            one_of("checkpointing_mode", CHECKPOINTING_MODES),
             one_of("prediction_type", ("v_prediction", "epsilon")),
             one_of("schedule_type", ("linear", "cosine")),
         ]

@@ -17,7 +17,7 @@ import torch
 from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
-from blip3o_fast.training import checkpoints, prepare
+from blip3o_fast.training import checkpoints, group, prepare
 from blip3o_fast.training.arguments import TrainSettings, warmup_steps
 from blip3o_fast.training.resume import (
     check_same_run,
@@ -71,7 +71,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if settings.dry_run:
         say(f"dry run     {_dry_step(settings, data, model, device)}\nNothing was written.")
         return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
-    return _run(settings, data, model, device, steps, resume, earlier)
+    try:
+        return _run(settings, data, model, device, steps, resume, earlier)
+    except BaseException:
+        group.abandon()
+        raise
 
 
 def _need_libraries() -> None:
@@ -202,13 +206,13 @@ def _run(
         if main:
             checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "interrupted"})
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
-        _leave_group()
+        group.leave()
         raise KeyboardInterrupt
     last = _finish(trainer, output, lines) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
-    _leave_group()
+    group.leave()
     return {"status": "finished", "step": step, "output_dir": str(output), **last}
 
 
@@ -256,10 +260,3 @@ def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "accelerate", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"blip3o_fast": __version__, "python": platform.python_version(), **versions}
-
-
-def _leave_group() -> None:
-    # Without this a process of a torchrun job may abort after it has succeeded.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
