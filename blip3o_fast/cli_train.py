@@ -61,6 +61,10 @@ def train(
     gradient_checkpointing: Annotated[
         bool, option("gradient_checkpointing", NETWORK, "Recompute the blocks in backward: less memory, slower.")
     ] = False,
+    checkpointing_mode: Annotated[
+        str,
+        option("checkpointing_mode", NETWORK, "With --gradient_checkpointing: block, or selective (cheap ops only)."),
+    ] = "block",
     num_epochs: Annotated[float, option("num_epochs", OPTIMISATION, "Passes over the training split.")] = 10,
     max_steps: Annotated[int | None, option("max_steps", OPTIMISATION, "Steps; wins over --num_epochs.")] = None,
     batch_size: Annotated[int, option("batch_size", OPTIMISATION, "Samples per device and step.")] = 32,

@@ -34,6 +34,7 @@ VARIABLES = {
     "SLURM_LOCALID": "number of this process on its machine, set by srun",
     "SLURM_PROCID": "number of this process, set by srun",
     "SLURM_STEP_NUM_TASKS": "number of processes, set by srun",
+    "TORCHELASTIC_RESTART_COUNT": "how often torchrun has started this process again: then training continues",
     "TORCH_LOGS": "what torch.compile prints",
     "TORCHINDUCTOR_CACHE_DIR": "where torch.compile keeps what it built",
     "TRITON_CACHE_DIR": "where Triton keeps what it built",

@@ -13,6 +13,7 @@ from typing import Any
 from blip3o_fast.data.splits import default_rule
 from blip3o_fast.flow.timesteps import check_distribution
 from blip3o_fast.flow.weighting import WEIGHTINGS
+from blip3o_fast.models.checkpointing import MODES as CHECKPOINTING_MODES
 from blip3o_fast.models.normalizer import parse_spec
 from blip3o_fast.ops._attention import NAMES as ATTENTION
 from blip3o_fast.ops._backend import NAMES as BACKENDS
@@ -35,9 +36,9 @@ FREE_ON_RESUME = frozenset(
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
         "max_bad_steps", "load_best_model_at_end", "wandb_project", "wandb_run_name", "no_wandb", "device",
-        "compile_model", "gradient_checkpointing", "resume_from_checkpoint", "debug", "dry_run", "output_dir",
-        "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "normalize_embeddings", "progress",
-        "backend", "attention_backend", "force", "report_to", "profile_steps", "on_bad_shard",
+        "compile_model", "gradient_checkpointing", "checkpointing_mode", "resume_from_checkpoint", "debug", "dry_run",
+        "output_dir", "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "progress",
+        "normalize_embeddings", "backend", "attention_backend", "force", "report_to", "profile_steps", "on_bad_shard",
     }
 )  # fmt: skip
 
@@ -65,6 +66,7 @@ class TrainSettings:
     init_from: str | None = None  # folder or hub name of a trained model whose weights are the start
     init_optimizer: str | None = None  # and the state of its optimizer, see `optimizer_state`
     gradient_checkpointing: bool = False
+    checkpointing_mode: str = "block"  # what --gradient_checkpointing makes again: whole blocks, or the cheap ops only
 
     # Optimisation. `max_steps` wins over `num_epochs`.
     num_epochs: float = 10
@@ -251,6 +253,7 @@ class TrainSettings:
             one_of("loading", ("auto", "memory", "stream")),
             one_of("split", ("auto", "random", "hash")),
             one_of("on_bad_shard", ("stop", "skip")),
+            one_of("checkpointing_mode", CHECKPOINTING_MODES),
             one_of("prediction_type", ("v_prediction", "epsilon")),
             one_of("schedule_type", ("linear", "cosine")),
             one_of("loss_weighting", WEIGHTINGS),

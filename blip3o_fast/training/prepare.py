@@ -223,7 +223,7 @@ def model_for(
         model.config = dataclasses.replace(model.config, condition_dropout=settings.condition_dropout)
     model.normalizer = data.normalizer
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"mode": settings.checkpointing_mode})
     return model.train()
 
 

@@ -20,7 +20,7 @@ from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
 from blip3o_fast.ops import use_attention, use_backend
-from blip3o_fast.training import checkpoints, estimate, prepare, saving
+from blip3o_fast.training import checkpoints, estimate, group, prepare, saving
 from blip3o_fast.training.arguments import TrainSettings, steps_named, warmup_steps
 from blip3o_fast.training.finite import NonFiniteError
 from blip3o_fast.training.optimizer_state import read_named_state
@@ -108,7 +108,11 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
         say(f"dry run     {text}")
         say(estimate.plan(settings, data, model.config, device, steps, world, seconds) + "\nNothing was written.")
         return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
-    return _run(settings, data, model, device, steps, resume, earlier)
+    try:
+        return _run(settings, data, model, device, steps, resume, earlier)
+    except BaseException:
+        group.abandon()
+        raise
 
 
 def _need_libraries() -> None:
@@ -250,7 +254,7 @@ def _run(
     except NonFiniteError as error:  # on every rank at the same step
         if main:
             checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "stopped", "reason": str(error)})
-        _leave_group()
+        group.leave()
         raise
     except torch.OutOfMemoryError as error:
         raise ValueError(_out_of_memory(settings, error)) from error
@@ -262,13 +266,13 @@ def _run(
             checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "interrupted"})
             saving.point_to_interrupted(output, checkpoints.last_whole(output))
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
-        _leave_group()
+        group.leave()
         raise KeyboardInterrupt
     last = _finish(trainer, output, run, quality, best=best) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
-    _leave_group()
+    group.leave()
     return {**last, "status": "finished", "step": step, "output_dir": str(output)}
 
 
@@ -321,10 +325,3 @@ def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "accelerate", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"blip3o_fast": __version__, "python": platform.python_version(), **versions}
-
-
-def _leave_group() -> None:
-    # Without this a process of a torchrun job may abort after it has succeeded.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
-from blip3o_fast.training import checkpoints, saving
+from blip3o_fast.training import checkpoints, group, saving
 from blip3o_fast.training.clock import StepClock, StepCost
 from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
@@ -109,6 +109,7 @@ class BLIP3oTrainer(Trainer):
                 eval_dataset=Sized(len(validation.pictures)) if validation is not None else None,
                 callbacks=callbacks,
             )
+        group.settle_ddp(self, args.gradient_accumulation_steps)
         # Its guess from forward()'s signature would change how accumulated losses are scaled.
         self.model_accepts_loss_kwargs = False
         self.ema = EMA(model, ema_decay) if ema_decay else None
