@@ -103,7 +103,8 @@ class StepCallback(TrainerCallback):
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
+        # Not while steps are bad: what they come from may be in the newest checkpoint, and the good one must stay.
+        if args.should_save and not self.trainer.watch.row:
             checkpoints.rotate(Path(args.output_dir), self.keep, keep_best=self.keep_best)
 
 

@@ -116,6 +116,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def last_good(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint that was not saved right after a step whose loss or gradient was not finite.
+
+    Its weights are finite in any case; but those that a bad step is due to may be in it.
+    """
+    whole = [path for path in checkpoints(output_dir) if what_is_missing(path) is None]
+    good = [path for path in whole if not read_state(path).get("skipped_in_a_row")]
+    return good[-1] if good else None
+
+
 def best_whole(output_dir: Path) -> Path | None:
     """The whole checkpoint with the lowest evaluation loss, the earlier one of two; None where none was evaluated."""
     whole = [path for path in checkpoints(output_dir) if what_is_missing(path) is None]

@@ -144,7 +144,7 @@ def _list(names: list[str]) -> str:
 def explain(trainer: BLIP3oTrainer) -> str:
     """What to say when too many steps in a row were bad. With several ranks all must call it."""
     row = trainer.watch.row
-    last = checkpoints.last_whole(Path(trainer.args.output_dir))
+    last = checkpoints.last_good(Path(trainer.args.output_dir))
     steps = ", ".join(f"{bad.step} ({bad.what})" for bad in row)
     found: list[str] = _computed_again(trainer, row[0].step)
     if trainer.args.world_size > 1:
@@ -154,7 +154,7 @@ def explain(trainer: BLIP3oTrainer) -> str:
     return "\n".join(
         [
             f"loss or gradient was not finite {len(row)} steps in a row: {steps}; none of them was taken, training "
-            f"stopped ({f'the last whole checkpoint is {last}' if last else 'there is no checkpoint yet'})",
+            f"stopped ({f'the last good checkpoint is {last}' if last else 'there is no good checkpoint yet'})",
             f"step {row[0].step}, computed again:",
             *(f"  {line}" for line in found or ["finite this time: the cause is outside the samples and the weights"]),
             "likely causes: a learning rate that is too high, NaN in the embeddings, fp16 overflow",

@@ -130,13 +130,23 @@ def test_three_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, make_trainer, re
         trainer.train()
     message = str(error.value)
     assert "3 steps in a row: 5 (loss), 6 (loss), 7 (loss); none of them was taken" in message
-    assert "the last whole checkpoint is " + str(tmp_path / "checkpoint-4") in message
+    assert "the last good checkpoint is " + str(tmp_path / "checkpoint-4") in message
     assert f"samples: {names[bad[0]]} of a batch of 4" in message
     assert "data: target not finite" in message
     # On an accelerator the host finds out with the next save, and by then no step was taken after the limit.
     assert trainer.state.global_step == (7 if reads_are_free else 8)
     assert same(snapshot(trainer), seen[4])
     assert checkpoints.last_whole(tmp_path).name == "checkpoint-4"
+
+
+def test_saves_among_bad_steps_do_not_displace_the_last_good_checkpoint(tmp_path, make_trainer):
+    trainer = make_trainer(tmp_path, max_steps=9, save_steps=1, save_total_limit=1)
+    poison(trainer, "loss", steps={3, 6, 7, 8})
+    with pytest.raises(NonFiniteError, match="the last good checkpoint is .*/checkpoint-5"):
+        trainer.train()
+    # Steps 6 and 7 were saved too; what had gathered at step 3 was cleared at step 4.
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]
+    assert checkpoints.last_whole(tmp_path).name == "checkpoint-7"
 
 
 def test_two_in_a_row_do_not_stop_it_and_the_row_survives_a_checkpoint(tmp_path, make_trainer):
@@ -162,7 +172,7 @@ def test_the_limit_is_a_flag(tmp_path, make_trainer):
     trainer = make_trainer(tmp_path)
     trainer.watch = FiniteWatch(1, reads_are_free=True, scaled=False)
     poison(trainer, "loss", steps={2})
-    with pytest.raises(NonFiniteError, match=r"1 steps in a row: 2 \(loss\).*there is no checkpoint yet"):
+    with pytest.raises(NonFiniteError, match=r"1 steps in a row: 2 \(loss\).*there is no good checkpoint yet"):
         trainer.train()
     with pytest.raises(ValueError, match="max_bad_steps must be a whole number >= 1, got 0"):
         FiniteWatch(0, reads_are_free=True, scaled=False)

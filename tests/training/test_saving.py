@@ -136,7 +136,7 @@ def test_a_run_that_never_is_finite_stops_and_says_so_in_its_record(embeddings, 
 
     monkeypatch.setattr(run, "_flow_loss", poisoned)
     with pytest.raises(
-        NonFiniteError, match=r"2 steps in a row: 1 \(loss\), 2 \(loss\).*there is no checkpoint yet"
+        NonFiniteError, match=r"2 steps in a row: 1 \(loss\), 2 \(loss\).*there is no good checkpoint yet"
     ) as error:
         train(TrainSettings(embeddings, tmp_path / "run", **SMALL, max_bad_steps=2))
     assert "samples: picture_" in str(error.value)
