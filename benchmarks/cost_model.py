@@ -1,15 +1,16 @@
 """What a step costs, written down: FLOPs, bytes, launches and all-reduced bytes from the configuration alone.
 
-Assumptions. FLOPs are those of the matrix products, two per multiply-add; a backward does each product twice, but for
-the inputs that need no gradient. Bytes are what each launch reads and writes, whole tensors, nothing kept in a cache.
-The launches of ours are its kernels on a GPU, of the others the operations that PyTorch dispatches and that compute.
-Time is that of a roofline: products at the machine's peak or their weights at its bandwidth, whichever is slower, then
-the bytes of everything between the products at the bandwidth, then the launches; nothing overlaps.
+Assumptions. FLOPs are those of the matrix products (`blip3o_fast.models.flops`). Bytes are what each launch reads and
+writes, whole tensors, nothing kept in a cache. The launches of ours are its kernels on a GPU, of the others the
+operations that PyTorch dispatches and that compute. Time is that of a roofline: products at the machine's peak or their
+weights at its bandwidth, whichever is slower, then the bytes of everything between the products at the bandwidth, then
+the launches; nothing overlaps.
 """
 
 from dataclasses import dataclass
 
 from blip3o_fast.models.config import BLIP3oConfig
+from blip3o_fast.models.flops import block_flops, model_flops
 from blip3o_fast.models.modules import TIME_FREQUENCIES
 
 
@@ -119,29 +120,6 @@ def parameters(config: BLIP3oConfig) -> int:
     pooled = 2 * read + read * cond + cond
     head = cond * dim + dim + (dim + 1) * pixels * config.out_channels
     return projection + patch + time + pooled + head + config.num_layers * block_parameters(config)
-
-
-def block_flops(config: BLIP3oConfig, batch: int, context: int, mode: str = "forward") -> int:
-    """mode: forward, or both: every input of a block gets a gradient."""
-    dim, keys, tokens = config.hidden_size, _keys(config), config.num_tokens
-    per_token = 3 * dim * dim + 2 * dim * keys + 3 * dim * config.ffn_dim
-    per_sample = 2 * context * config.context_dim * keys + 4 * dim * config.conditioning_dim
-    attention = 2 * tokens * dim * (tokens + context)
-    return 2 * batch * (tokens * per_token + per_sample + attention) * (3 if mode == "both" else 1)
-
-
-def model_flops(config: BLIP3oConfig, batch: int, context: int, mode: str = "forward") -> int:
-    """both: forward and backward of a training step, in which neither x_t, the time nor the context gets a gradient."""
-    dim, cond, tokens = config.hidden_size, config.conditioning_dim, config.num_tokens
-    pixels = config.patch_size**2
-    # whose input gets no gradient, and the rest
-    first = tokens * pixels * config.in_channels * dim + TIME_FREQUENCIES * cond
-    rest = cond * cond + config.context_dim * cond + cond * dim + tokens * dim * pixels * config.out_channels
-    if config.context_projection:
-        first += context * config.cross_attention_dim * dim
-        rest += context * dim * dim
-    outside = 2 * batch * (2 * first + 3 * rest if mode == "both" else first + rest)
-    return outside + config.num_layers * block_flops(config, batch, context, mode)
 
 
 def block_cost(config: BLIP3oConfig, batch: int, context: int, provider: str, mode: str, size: int) -> Cost:

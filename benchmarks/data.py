@@ -60,8 +60,8 @@ def plain_read(folder: Path) -> Tensor:
     from safetensors.torch import load_file
 
     shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    torch.cat([shard["target"] for shard in shards])
-    return torch.cat([shard["condition"] for shard in shards])
+    torch.cat([shard["clip"] for shard in shards])
+    return torch.cat([shard["eva"] for shard in shards])
 
 
 def read_in_batches(folder: Path, batch: int) -> Tensor:

@@ -20,6 +20,8 @@ from benchmarks.work import Inputs, Values, gradients_of, named_outputs
 from blip3o_fast.timing import Timing
 
 MODES = ("forward", "backward", "both", "inference")
+# The harness' modes as a graph holds them. It times its forward without autograd; a `whole` call may wait for the host.
+HARNESS_MODES = {"forward": "inference", "backward": "backward", "both": "both"}
 _WARMUP = 3
 _FLUSH = 256 << 20  # bytes written before a replay, at least: longer than the host takes to queue it
 _streams: dict[int, Any] = {}
@@ -207,3 +209,17 @@ class Clock:
             replay.run()
         timing = self.in_turns({"copy": replay}, rounds=20)["copy"]
         return 2 * source.numel() / statistics.median(timing.samples) * 1e-9
+
+
+def device_seconds(
+    providers: Mapping[str, Callable[..., Any]], mode: str, inputs: Inputs, clock: Clock, rounds: int = 30
+) -> dict[str, float | None]:
+    """Median seconds of each provider on the device alone, in a mode of the harness; None where no graph holds it."""
+    replays, graphed = {}, HARNESS_MODES.get(mode)
+    for name, provider in providers.items() if graphed is not None else ():
+        try:
+            replays[name] = capture(prepared(provider, inputs, graphed), clock.device)
+        except Exception:  # one that waits for the device cannot be captured; its time on the host's clock is there
+            continue
+    timings = clock.in_turns(replays, rounds) if replays else {}
+    return {name: timings[name].median if name in timings else None for name in providers}

@@ -5,7 +5,8 @@ A benchmark file describes a `Work` (work.py: inputs, providers, gold, minimal b
 new `Work`.
 
 What is timed: the call as a user makes it, on the host's clock up to the end of the device's work. Python and dispatch
-overhead is included, for every provider alike; input creation, compilation and the warm-up are not.
+overhead is included, for every provider alike; input creation, compilation and the warm-up are not. On a GPU the time
+of the device alone stands beside it: CUDA graphs with a cold L2 (gpu_timing.py).
 """
 
 import itertools
@@ -18,15 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks import gpu_timing, machine
 from benchmarks.work import MODES, WITH_GRADIENTS, Absent, Inputs, Values, Work, gradients_of, values
 from blip3o_fast.models.peak import peak_bytes
 from blip3o_fast.timing import Timing, interleaved
 
+# What is measured beside the time, where it is not.
+NOT_BESIDE = {"peak_bytes": None, "host_s": None, "device_s": None}
+
 
 @dataclass(frozen=True)
 class Settings:
-    """min_rounds and max_time (timed seconds per provider and mode) bound the rounds, min_time the calls per sample."""
+    """min_rounds and max_time (timed seconds per provider and mode) bound the rounds, min_time the calls per sample.
+
+    min_time 0: calls of seconds, each from scratch. No trial and no warm-up then, but min_rounds of one call.
+    """
 
     min_rounds: int = 7
     max_rounds: int = 101
@@ -145,16 +152,23 @@ def _time(
 
     common: dict[str, Any] = {"prepare": prepare, "synchronize": synchronize, "timer": settings.timer}
     with torch.set_grad_enabled(mode in WITH_GRADIENTS):
-        trial = interleaved(runs, rounds=2, warmup=settings.warmup, **common)
-        calls = {
-            name: min(1000, max(1, math.ceil(settings.min_time / max(timing.median, 1e-9))))
-            for name, timing in trial.items()
-        }
-        round_time = sum(calls[name] * timing.median for name, timing in trial.items())
-        affordable = int(len(names) * settings.max_time / max(round_time, 1e-9))
-        rounds = min(settings.max_rounds, max(settings.min_rounds, affordable))
+        calls, rounds = dict.fromkeys(runs, 1), settings.min_rounds
+        if settings.min_time > 0:
+            trial = interleaved(runs, rounds=2, warmup=settings.warmup, **common)
+            calls = {
+                name: min(1000, max(1, math.ceil(settings.min_time / max(timing.median, 1e-9))))
+                for name, timing in trial.items()
+            }
+            round_time = sum(calls[name] * timing.median for name, timing in trial.items())
+            affordable = int(len(names) * settings.max_time / max(round_time, 1e-9))
+            rounds = min(settings.max_rounds, max(settings.min_rounds, affordable))
         timings = interleaved(runs, rounds=rounds, warmup=0, calls=calls, between=between, **common)
-        return timings, {name: _beside(run, prepare.get(name), device, settings.timer) for name, run in runs.items()}
+        beside = {name: _beside(run, prepare.get(name), device, settings.timer) for name, run in runs.items()}
+    if on_gpu:
+        named = {name: work.providers[name] for name in names}
+        alone = gpu_timing.device_seconds(named, mode, pool[0], gpu_timing.Clock())  # type: ignore[arg-type]
+        beside = {name: figures | {"device_s": alone[name]} for name, figures in beside.items()}
+    return timings, beside
 
 
 def _beside(
@@ -166,7 +180,7 @@ def _beside(
     """peak_bytes: what a call allocates at its height, above what there was (None where the inputs name no device).
     host_s, on a GPU: how long the host takes to queue a call, the median of five, of which the device sees nothing."""
     if device is None:
-        return {"peak_bytes": None, "host_s": None}
+        return dict(NOT_BESIDE)
 
     def ready() -> tuple[Any, ...]:
         return () if prepare is None else (prepare(),)
@@ -179,7 +193,7 @@ def _beside(
         start = timer()
         run(*state)
         queued.append(timer() - start)
-    return {"peak_bytes": peak, "host_s": Timing(tuple(queued)).median if queued else None}
+    return NOT_BESIDE | {"peak_bytes": peak, "host_s": Timing(tuple(queued)).median if queued else None}
 
 
 def measure(
@@ -230,10 +244,18 @@ def measure(
             figures = _figures(timings.get(name), baseline, row["bytes"], row["flops"])
             count, unit = work.items or (None, None)
             seconds = figures["median_s"]
-            row |= {"items": count, "item": unit, **beside.get(name, {"peak_bytes": None, "host_s": None})}
+            row |= {"items": count, "item": unit, **beside.get(name, NOT_BESIDE)}
             row |= {"items_per_s": None if count is None or seconds is None else count / seconds}
             rows.append(row | figures)
         yield rows, timings
+
+
+def failed_row(suite: str, case: dict[str, Any], error: BaseException) -> dict[str, Any]:
+    """The row of a case that could not even be made: every field of `measure`'s rows, and why."""
+    row: dict[str, Any] = {"suite": suite, "case": case, "mode": "case", "provider": "all", "detail": None}
+    row |= {"errors": {}, "inexact": None, "first_call_s": None, "inputs_in_rotation": 0} | broken(error)
+    row |= {"bytes": None, "flops": None, "items": None, "item": None, "items_per_s": None, **NOT_BESIDE}
+    return row | _figures(None, None, None, None)
 
 
 def _figures(

@@ -175,7 +175,7 @@ class Ceilings:
         self.cpus = affinity()
         threads = torch.get_num_threads()
         self.pins: list[Any] = self.cpus[:threads] if self.cpus and len(self.cpus) >= threads else [None] * threads
-        self.probe = build_fma_probe(use_isa.active) if device == "cpu" else None
+        self.probe = build_fma_probe(use_isa.state.active) if device == "cpu" else None
         self.kind = "none"
         if self.probe is not None:
             self.kind = f"C loop of fp32 vector multiply-adds, {self.probe.lanes()} lanes, one pinned thread per core"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import cpu_goals, live, machine, table
-from benchmarks.harness import Settings, measure
+from benchmarks.harness import Settings, failed_row, measure
 from benchmarks.rows import Recorded, Writer
 from benchmarks.work import Work
 from blip3o_fast.ops import use_isa
@@ -37,6 +37,10 @@ class Run:
             torch.set_num_threads(threads)
         self.device: str = config.getoption("bench_device")
         use_isa(config.getoption("bench_isa"))
+        if self.device == "cuda":  # a captured backward keeps its forward, whose buffers a compiled one would free
+            from torch._functorch import config as functorch
+
+            functorch.donated_buffer = False
         self.stamp = machine.stamp(self.device)
         self.ceilings = machine.Ceilings(self.device)
         self.rows: list[dict[str, Any]] = []
@@ -124,6 +128,16 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
     return (report.outcome, "", "")  # no letters: our own lines tell more
 
 
+def pytest_exception_interact(node: pytest.Item | pytest.Collector, call: pytest.CallInfo[Any]) -> None:
+    """A case that could not even be made is a row too. What `compare` fails for has its rows already."""
+    assert call.excinfo is not None
+    error = call.excinfo.value
+    if isinstance(error, pytest.fail.Exception) or not isinstance(error, Exception):
+        return
+    case = {name: str(value) for name, value in getattr(getattr(node, "callspec", None), "params", {}).items()}
+    node.config.stash[KEY].add([failed_row(node.path.stem, case or {"case": node.name}, error)])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[KEY]
     run.unwatch()
@@ -140,6 +154,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     if not run.rows:
         if interrupted:
             run.say("interrupted before anything was measured")
+        elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            run.say("nothing was measured: every case of these files is of the full set (--set full)")
         return
     for line in table.lines(run.rows, run.limits or {}, colour=sys.stdout.isatty()):
         run.say(line)

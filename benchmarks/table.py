@@ -117,6 +117,8 @@ def cells(row: dict[str, Any], limits: dict[str, Any], first: bool) -> list[str]
     name = row["provider"] + (f" ({row['detail']})" if row["detail"] else "")
     if row.get("items_per_s") is not None:
         name += f", {row['items_per_s']:.3g} {row['item']}/s"
+    if row.get("device_s") is not None:
+        name += f", {seconds(row['device_s'])} on the device"
     worst = worst_error(row)
     error = "" if worst is None else f"{worst:.1e}"
     if row["status"] != "ok":

@@ -14,7 +14,9 @@ import typer
 
 from blip3o_fast import __version__, env
 from blip3o_fast.cli_bench import bench
+from blip3o_fast.cli_download import download
 from blip3o_fast.cli_export import export
+from blip3o_fast.cli_features import convert, inspect
 from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
 from blip3o_fast.cli_try import try_pictures
@@ -54,7 +56,10 @@ def top(
 
 # In the order of the job, which is the order in which help lists them.
 VERBS: dict[str, Callable[..., None]] = {
+    "download": download,
     "extract": extract,
+    "inspect": inspect,
+    "convert": convert,
     "train": train,
     "tune-sampler": tune_sampler,
     "sample": sample,
@@ -68,8 +73,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "env": show_env,
 }
+# Flags that are not ours may be transformers': `training.passed_on` takes them or says what is meant.
+PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 for name, verb in VERBS.items():
-    app.command(name=name)(verb)
+    app.command(name=name, context_settings=PASSES_ON if name == "train" else None)(verb)
 
 
 def _usage_error(error: Exception) -> tuple[str, str | None]:
@@ -88,6 +95,7 @@ def _extra_for(module: str) -> str | None:
         "transformers": "train",
         "accelerate": "train",
         "PIL": "data",
+        "huggingface_hub": "data",
         "matplotlib": "report",
         "wandb": "wandb",
         "diffusers": "demo",

@@ -24,10 +24,18 @@ OTHER = "Other"
 
 
 def train(
+    ctx: typer.Context,
     embeddings_path: Annotated[
-        Path, typer.Option("--embeddings_path", help="Folder that `extract` wrote, or a pickle of the original.")
-    ],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the run is written.")],
+        Path | None, typer.Option("--embeddings_path", help="Folder that `extract` wrote, or a pickle of the original.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output_dir", help="Where the run is written.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Settings to begin with: demo, seed or blip3o; flags win over it.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file of flags; the command line wins over it."),
+    ] = None,
     preset: Annotated[str | None, option("preset", NETWORK, "tiny, small, base, blip3o-4b or blip3o-8b.")] = None,
     model_dim: Annotated[int | None, option("model_dim", NETWORK, "Width; 1792 without a preset.")] = None,
     num_layers: Annotated[int | None, option("num_layers", NETWORK, "Blocks; 24 without a preset.")] = None,
@@ -46,6 +54,10 @@ def train(
     init_from: Annotated[
         str | None, option("init_from", NETWORK, "Folder or hub name of a trained model to start from.")
     ] = None,
+    init_optimizer: Annotated[
+        str | None,
+        option("init_optimizer", NETWORK, "And its AdamW state: optimizer.pt, a checkpoint, or .safetensors."),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, option("gradient_checkpointing", NETWORK, "Recompute the blocks in backward: less memory, slower.")
     ] = False,
@@ -61,13 +73,21 @@ def train(
     warmup_steps: Annotated[
         int | None, option("warmup_steps", OPTIMISATION, "Steps to the peak; 1000, but at most a tenth of the run.")
     ] = None,
+    warmup_ratio: Annotated[
+        float | None, option("warmup_ratio", OPTIMISATION, "Warmup as a share of the run, instead of --warmup_steps.")
+    ] = None,
     lr_scheduler: Annotated[
         str, option("lr_scheduler", OPTIMISATION, "cosine, linear, constant or constant_with_warmup.")
     ] = "cosine",
+    min_learning_rate: Annotated[float, option("min_learning_rate", OPTIMISATION, "Where the cosine ends.")] = 0.0,
     adam_beta1: Annotated[float, option("adam_beta1", OPTIMISATION, "AdamW's first decay.")] = 0.9,
     adam_beta2: Annotated[float, option("adam_beta2", OPTIMISATION, "AdamW's second decay.")] = 0.999,
     max_grad_norm: Annotated[float, option("max_grad_norm", OPTIMISATION, "Gradients are clipped to it.")] = 1.0,
     ema_decay: Annotated[float, option("ema_decay", OPTIMISATION, "Of the fp32 average of weights; 0: none.")] = 0.9999,
+    max_bad_steps: Annotated[
+        int,
+        option("max_bad_steps", OPTIMISATION, "So many NaN or infinite steps in a row stop the run; each is left out."),
+    ] = 3,
     seed: Annotated[int, option("seed", OPTIMISATION, "Of weights, order, noise and everything else.")] = 42,
     sigma_min: Annotated[float, option("sigma_min", FLOW, "Noise left on the data at sigma = 0.")] = 1e-4,
     sigma_max: Annotated[float, option("sigma_max", FLOW, "Noise at sigma = 1.")] = 1.0,
@@ -85,6 +105,9 @@ def train(
     condition_dropout: Annotated[
         float, option("condition_dropout", FLOW, "Share of samples trained without their condition.")
     ] = 0.1,
+    loss_weighting: Annotated[
+        str, option("loss_weighting", FLOW, "none, sigma_sqrt or cosmap: how much each noise level counts.")
+    ] = "none",
     subset_size: Annotated[
         int | None, option("subset_size", DATA, "Train on so many samples; normalisation uses all.")
     ] = None,
@@ -103,9 +126,19 @@ def train(
     guidance_scale: Annotated[float, option("guidance_scale", LOGGING, "Of those samples; 1 is none.")] = 2.0,
     num_inference_steps: Annotated[int, option("num_inference_steps", LOGGING, "Of those samples.")] = 20,
     save_total_limit: Annotated[int | None, option("save_total_limit", LOGGING, "Checkpoints that are kept.")] = 3,
+    load_best_model_at_end: Annotated[
+        bool, option("load_best_model_at_end", LOGGING, "The result is the checkpoint of the lowest held-out loss.")
+    ] = False,
     wandb_project: Annotated[str, option("wandb_project", LOGGING, "Used where you are logged in.")] = "blip3o-dit",
     wandb_run_name: Annotated[str | None, option("wandb_run_name", LOGGING, "Name of the run there.")] = None,
     no_wandb: Annotated[bool, option("no_wandb", LOGGING, "Never use wandb.")] = False,
+    report_to: Annotated[
+        str | None,
+        option("report_to", LOGGING, "wandb, tensorboard, both with a comma, none; else wandb where logged in."),
+    ] = None,
+    profile_steps: Annotated[
+        str | None, option("profile_steps", LOGGING, "10:15 traces steps 10 to 15 and prints where their time went.")
+    ] = None,
     progress: Annotated[
         bool | None,
         typer.Option(
@@ -119,15 +152,22 @@ def train(
     bf16: Annotated[bool, option("bf16", HARDWARE, "Autocast to bf16.")] = False,
     device: Annotated[str, option("device", HARDWARE, "auto, cpu or cuda.")] = "auto",
     compile_model: Annotated[bool, option("compile_model", HARDWARE, "Use torch.compile.")] = False,
+    backend: Annotated[str, option("backend", HARDWARE, "Kernels: auto, reference, triton, cuda or cpu.")] = "auto",
+    attention_backend: Annotated[
+        str, option("attention_backend", HARDWARE, "Who computes attention: auto, sdpa, flash-attn or xformers.")
+    ] = "auto",
     resume_from_checkpoint: Annotated[
         str | None, option("resume_from_checkpoint", OTHER, "auto (the newest), or a checkpoint folder.")
     ] = None,
     debug: Annotated[
-        bool, option("debug", OTHER, "1000 samples, 2 epochs, frequent logs and checkpoints, no wandb.")
+        bool, option("debug", OTHER, "1000 samples, 2 epochs, frequent logs, no wandb, and a small network.")
     ] = False,
     dry_run: Annotated[bool, option("dry_run", OTHER, "Check everything, print the plan, train nothing.")] = False,
+    force: Annotated[bool, option("force", OTHER, "Begin although the memory seems too small.")] = False,
 ) -> None:
     """Train a BLIP3-o DiT on embeddings.
+
+    Every flag of transformers' TrainingArguments is taken too (--optim, --adam_epsilon, --ddp_timeout, ...).
 
     Examples:
 
@@ -135,10 +175,23 @@ def train(
 
       blip3o-fast train --embeddings_path shards --output_dir run --bf16 --resume_from_checkpoint auto
 
+      blip3o-fast train --recipe blip3o --config run.yaml --output_dir run
+
+      blip3o-fast train --embeddings_path shards --output_dir run --report_to tensorboard --profile_steps 10:15
+
       torchrun --nproc_per_node 2 -m blip3o_fast train --embeddings_path shards --output_dir run
     """
-    given = locals()
-    from blip3o_fast.training.arguments import TrainSettings
+    explicit = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("ctx", "recipe", "config") and _was_given(ctx, name)
+    }
+    from blip3o_fast.training.files import settings_from
     from blip3o_fast.training.run import train as run_training
 
-    run_training(TrainSettings(**given))
+    run_training(settings_from(explicit, recipe=recipe, config=config, passed_on=ctx.args))
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

@@ -32,6 +32,7 @@ VARIABLES = {
     "TRITON_INTERPRET": "1: Triton kernels run in Python, on CPU tensors",
     "WANDB_API_KEY": "a login of wandb",
     "WANDB_BASE_URL": "the server of wandb",
+    "WANDB_DIR": "where wandb writes; the run's folder if unset",
     "WANDB_MODE": "offline or disabled",
     "WANDB_PROJECT": "project of the runs; wins over --wandb_project",
     "WORLD_SIZE": "number of processes, set by torchrun",
@@ -64,12 +65,6 @@ def read(name: str) -> str | None:
     """The value of an environment variable, None where it is unset or empty. It must be listed in VARIABLES."""
     assert name in VARIABLES, f"{name} is not documented in env.VARIABLES"
     return os.environ.get(name) or None
-
-
-def set_default(name: str, value: str) -> None:
-    """Set a variable for libraries that take a setting from nowhere else; one that is set stays as it is."""
-    assert name in VARIABLES, f"{name} is not documented in env.VARIABLES"
-    os.environ.setdefault(name, value)
 
 
 def inherited(**changes: str) -> dict[str, str]:

@@ -58,12 +58,16 @@ for version in "$@"; do
         continue
     fi
     # Last on the path, so that the torch of this environment is the one that is found; its .pth files stay unread.
+    # Triton 3.6's interpreter cannot work with numpy 2.4.
+    if "$env/bin/python" -c 'import triton; raise SystemExit(triton.__version__ >= "3.7")' 2>>"$log"; then
+        "$env/bin/python" -m pip install --quiet --no-cache-dir "numpy<2.4" >>"$log" 2>&1
+    fi
     site=$(echo "$env"/lib/python3.*/site-packages)
     $python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' >"$site/lent.pth"
     build=$("$env/bin/python" -c 'import torch; print(torch.__version__)' 2>>"$log") || build="$version (no import)"
     start=$SECONDS status=0
     # shellcheck disable=SC2086  # TESTS are several words
-    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 "$env/bin/python" -m pytest -q -p no:cacheprovider \
+    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 scripts/with_headers.sh "$env/bin/python" -m pytest -q -p no:cacheprovider \
         -m "not slow and not gpu" $tests >"$log" 2>&1 || status=$?
     tested+=("$build")
     [ $status -eq 0 ] || { failed+=("$build"); grep -E '^(FAILED|ERROR)' "$log" || tail -5 "$log"; }

@@ -17,6 +17,7 @@ LAYERS = {
     "kernels": set(),
     "_ext": {"_C"},
     "files": set(),
+    "page": set(),
     "env": set(),  # at module level; its report looks at everything, from inside functions
     "testing": set(),
     "timing": set(),
@@ -25,12 +26,14 @@ LAYERS = {
     "flow": {"ops", "env"},
     "sampling": {"data", "models", "flow", "ops", "files", "env"},
     "data": {"models", "files", "env"},
-    "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "files", "env"},
+    "training": {"evaluation", "sampling", "data", "models", "flow", "ops", "files", "page", "env"},
     "evaluation": {"sampling", "data", "models", "flow", "ops", "files", "env"},
-    "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "files", "env"},
+    "demo": {"timing", "evaluation", "training", "sampling", "data", "models", "flow", "ops", "files", "page", "env"},
     "cli": {
         "cli_bench",
+        "cli_download",
         "cli_export",
+        "cli_features",
         "cli_interpolate",
         "cli_train",
         "cli_try",
@@ -39,7 +42,9 @@ LAYERS = {
         "env",
     },
     "cli_bench": {"cli_verbs"},
+    "cli_download": {"cli_verbs", "data"},
     "cli_export": {"cli_verbs", "models", "env"},
+    "cli_features": {"cli_verbs", "data"},
     "cli_interpolate": {"cli_verbs", "evaluation"},
     "cli_train": {"training", "env"},
     "cli_try": {"cli_verbs", "demo"},
@@ -48,12 +53,12 @@ LAYERS = {
     "__main__": {"cli"},
 }
 # `data` knows of the models nothing but how features are normalised; sampling of the data where conditions come from;
-# `training` of the evaluation only its metrics; the models of the kernels only how their launches are recorded and
-# compiled ahead.
+# `training` of the evaluation only its metrics and baselines; the models of the kernels only how their launches are
+# recorded and compiled ahead.
 ONLY = {
     ("models", "kernels"): {"_launch", "_compile"},
     ("data", "models"): {"normalizer"},
-    ("training", "evaluation"): {"metrics"},
+    ("training", "evaluation"): {"metrics", "baselines"},
     ("sampling", "data"): {"dataset", "reader", "shards"},
 }
 

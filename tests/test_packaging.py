@@ -385,7 +385,7 @@ def test_the_constraints_pin_every_direct_requirement() -> None:
     extras = project["optional-dependencies"]
     wanted = [
         *project["dependencies"],
-        *(r for e in ("train", "data", "report", "bench", "demo", "dev") for r in extras[e]),
+        *(r for e in ("train", "data", "report", "wandb", "tensorboard", "bench", "demo", "dev") for r in extras[e]),
     ]
     for requirement in wanted:
         name = re.split(r"[\s\[<>=~;]", requirement)[0]

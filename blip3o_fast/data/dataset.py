@@ -192,6 +192,16 @@ def _load(path: str | os.PathLike[str]) -> _Loaded:
 
 
 def _load_pickle(path: Path) -> _Loaded:
+    condition, target, keys, captions, config = _read_pickle(path)
+    return _Loaded(condition, target, keys, captions, config)
+
+
+def features_of_pickle(path: Path) -> tuple[Tensor, Tensor, list[str], list[str]]:
+    """float32 condition [N, T, E] and target [N, T, C], keys and captions of a pickle of the original project."""
+    return _read_pickle(path)[:4]
+
+
+def _read_pickle(path: Path) -> tuple[Tensor, Tensor, list[str], list[str], Any]:
     data = safe_load(path)
     if not isinstance(data, dict) or _CONDITION not in data or _TARGET not in data:
         keys = sorted(map(str, data)) if isinstance(data, dict) else f"a {type(data).__name__}"
@@ -203,7 +213,7 @@ def _load_pickle(path: Path) -> _Loaded:
     count = len(condition)
     captions = _strings(path, "captions", data.get("captions"), count, "sample")
     keys = _strings(path, "keys", data.get("keys"), count, "key")
-    return _Loaded(condition, target, keys, captions, data.get("config"))
+    return condition, target, keys, captions, data.get("config")
 
 
 def _features(path: Path, name: str, value: Any) -> Tensor:

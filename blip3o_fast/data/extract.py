@@ -153,9 +153,7 @@ def _numbers(writer: ShardWriter, sources: list[Source], overwrite: bool) -> tup
             "give them as well, choose another output folder, or overwrite"
         )
     dropped = [present.pop(name) for name in foreign]
-    numbers = {
-        source: int(name.removeprefix("shard_").removesuffix(".safetensors")) for source, name in present.items()
-    }
+    numbers = {source: int(name[len("shard-") : -len(".safetensors")]) for source, name in present.items()}
     taken = set(numbers.values())
     free = (n for n in itertools.count() if n not in taken)
     return {s.name: numbers[s.name] if s.name in numbers else next(free) for s in sources}, dropped

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .dataset import EmbeddingDataset, check_arguments, split_indices
 from .shards import INDEX, META, Row, positions_by_shard, read_index, read_meta
+from .stored import StoredSide
 
 # Of a large file this much of its beginning (where safetensors keeps its table) and of its end is looked at.
 _PEEK = 1 << 20
@@ -100,14 +101,14 @@ class ShardConditions:
         if self._open is None or self._open[0] != shard:
             path = self.folder / shard
             try:
-                stored = safe_open(path, framework="pt").get_slice("condition")
+                stored = StoredSide(safe_open(path, framework="pt"), "condition")
             except SafetensorError as error:
                 raise ValueError(f"{path}: has no whole condition ({error}); delete it and extract again") from error
-            shape, wanted = stored.get_shape(), [self._counts[shard], self.meta.tokens, self.width]
-            if shape != wanted or stored.get_dtype() not in ("F32", "F16", "BF16"):
+            shape, wanted = stored.shape, [self._counts[shard], self.meta.tokens, self.width]
+            if shape != wanted or stored.dtype not in ("F32", "F16", "BF16", "I8"):
                 raise ValueError(
-                    f"{path}: condition is {stored.get_dtype()} {shape}; {META} and {INDEX} say {wanted}, "
-                    "as F32, F16 or BF16"
+                    f"{path}: condition is {stored.dtype} {shape}; {META} and {INDEX} say {wanted}, "
+                    "as F32, F16, BF16 or I8"
                 )
             self._open = shard, stored
         return self._open[1]

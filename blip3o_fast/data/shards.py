@@ -4,8 +4,10 @@
 
     meta.json                 what the features are: encoders, revision, tower, preprocessing, pooling
     index.jsonl               one picture per line: key, caption, shard, row, source
-    shard_00000.safetensors   condition [n, T, E] and target [n, T, C], float32, float16 or bfloat16
-    shard_00001.safetensors   ...
+    shard-00000.safetensors   eva [n, T, E] (the condition) and clip [n, T, C] (the target); see stored.py
+    shard-00001.safetensors   ...
+
+Older folders (``shard_00000.safetensors``, tensors condition and target) are read as well.
 
 Every file is written beside its place and renamed, so a file that exists is whole. A shard counts from
 the moment the index lists it: the index is rewritten after its shard, so an interruption between the two
@@ -27,10 +29,12 @@ from torch import Tensor
 
 from blip3o_fast.files import replacing
 
+from .stored import TENSORS, StoredSide, allowed_names
+
 FORMAT_VERSION = 1
 META, INDEX = "meta.json", "index.jsonl"
-_SHARD = re.compile(r"shard_[0-9]{5,9}\.safetensors")
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_SHARD = re.compile(r"shard[-_][0-9]{5,9}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Row:
 
 
 def shard_name(number: int) -> str:
-    return f"shard_{number:05d}.safetensors"
+    return f"shard-{number:05d}.safetensors"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -126,7 +130,7 @@ class ShardWriter:
             return None
         try:
             with safe_open(self.folder / name, framework="pt") as file:
-                count = file.get_slice("condition").get_shape()[0]
+                count = StoredSide(file, "condition").shape[0]
                 header = dict(file.metadata() or {})
         except (SafetensorError, OSError):
             return None
@@ -154,7 +158,7 @@ class ShardWriter:
             raise ValueError(f"{path}: {counts} conditions, targets, keys and captions; they must be as many")
         if target.untyped_storage().data_ptr() == condition.untyped_storage().data_ptr():
             target = target.clone()  # one encoder on both sides: safetensors refuses shared memory
-        tensors = {"condition": condition.contiguous(), "target": target.contiguous()}
+        tensors = {TENSORS["condition"]: condition.contiguous(), TENSORS["target"]: target.contiguous()}
         beside = path.with_name(f".{name}.part")  # one name, so that killed runs do not pile up
         try:
             save_file(tensors, beside, metadata={"format_version": str(FORMAT_VERSION), **(extra or {})})
@@ -206,7 +210,7 @@ def read_index(folder: str | os.PathLike[str]) -> list[Row]:
             if not isinstance(data, dict) or {k: type(v) for k, v in data.items()} != wanted:
                 raise ValueError(f"{path}, line {number}: found {line.strip()[:120]}; needed are {', '.join(wanted)}")
             if not _SHARD.fullmatch(data["shard"]):  # a path here would read any file of the machine
-                raise ValueError(f"{path}, line {number}: shard {data['shard']!r}; shard_00000.safetensors is allowed")
+                raise ValueError(f"{path}, line {number}: shard {data['shard']!r}; shard-00000.safetensors is allowed")
             rows.append(Row(**data))
     return rows
 
@@ -255,17 +259,19 @@ def positions_by_shard(folder: Path, rows: Sequence[Row]) -> dict[str, list[int]
 
 
 def read_shard(path: str | os.PathLike[str], meta: Meta, count: int) -> tuple[Tensor, Tensor]:
-    """One shard's ``condition [count, T, E]`` and ``target [count, T, C]``, in their stored dtype."""
+    """One shard's ``condition [count, T, E]`` and ``target [count, T, C]`` in their stored dtype; int8 as float32."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file, but the index lists {count} pictures of it; extract again")
     try:
         with safe_open(path, framework="pt") as file:
-            names = sorted(file.keys())
-            if names != ["condition", "target"]:
-                raise ValueError(f"{path}: holds the tensors {names}; exactly condition and target are needed")
-            condition, target = file.get_tensor("condition"), file.get_tensor("target")
+            if not allowed_names(file.keys()):
+                raise ValueError(
+                    f"{path}: holds the tensors {sorted(file.keys())}; eva and clip (or condition and target, as older "
+                    "versions wrote) and their scales are allowed"
+                )
+            condition, target = (StoredSide(file, side)[:] for side in TENSORS)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); delete it and extract again") from error
     _check_tensor(str(path), "condition", condition, meta.tokens, meta.condition.dim)
@@ -288,8 +294,8 @@ def _encoder_info(where: str, side: str, described: Any) -> EncoderInfo:
 
 
 def _check_tensor(where: str, name: str, value: Tensor, tokens: int, dim: int) -> None:
-    if value.dtype not in _DTYPES:
-        raise ValueError(f"{where}: {name} is {value.dtype}; allowed are {', '.join(_DTYPES.values())}")
+    if value.dtype not in _FLOATS:
+        raise ValueError(f"{where}: {name} is {value.dtype}; allowed are {', '.join(map(str, _FLOATS))}")
     if value.dim() != 3 or tuple(value.shape[1:]) != (tokens, dim):
         raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}; [n, {tokens}, {dim}] is needed")
     for start, chunk in enumerate(value.split(256)):

@@ -1,39 +1,14 @@
 """The demo's figures. Every function returns PNG bytes of one figure that answers one question."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-# Okabe and Ito's colours, distinguishable with every common colour blindness, on white and on dark pages alike.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A7A7A"
-_DPI = 130
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    figure.patch.set_facecolor("white")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    pyplot.close(figure)
-    return buffer.getvalue()
+from blip3o_fast.training.plots import BLUE, GREEN, GREY, ORANGE, canvas, png
 
 
 def sigma_levels(levels: Sequence[float], ours: Sequence[float], linear: Sequence[float]) -> bytes:
     """Held-out loss at each noise level, beside what the best linear velocity reaches there."""
-    figure, axes = _figure(9, 3.6)
+    figure, axes = canvas(9, 3.6)
     series = {"this model": (ours, BLUE), "best linear velocity": (linear, GREY)}
     for index, (name, (values, color)) in enumerate(series.items()):
         at = [i + (index - 0.5) * 0.4 for i in range(len(levels))]
@@ -43,12 +18,12 @@ def sigma_levels(levels: Sequence[float], ours: Sequence[float], linear: Sequenc
     axes.set(xlabel="noise level sigma (0 = data, 1 = noise)", ylabel="loss")
     axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=2)
     axes.set_ylim(top=1.18 * max(*ours, *linear))
-    return _png(figure)
+    return png(figure)
 
 
 def metric_bars(rows: dict[str, float], *, chance: float | None, unit: str, highlight: str) -> bytes:
     """One metric for every system, best on top, chance as a line."""
-    figure, axes = _figure(9, 0.42 * len(rows) + 1.1)
+    figure, axes = canvas(9, 0.42 * len(rows) + 1.1)
     ordered = sorted(rows.items(), key=lambda item: item[1])
     names, values = zip(*ordered, strict=True)
     bars = axes.barh(names, values, color=[BLUE if name == highlight else GREY for name in names], height=0.7)
@@ -57,7 +32,7 @@ def metric_bars(rows: dict[str, float], *, chance: float | None, unit: str, high
         axes.axvline(chance, color=ORANGE, lw=1.5, ls="--", label=f"chance {chance:.4f}")
         axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.set(xlabel=unit, xlim=(min(0.0, *values) * 1.1, max(values) * 1.15))
-    return _png(figure)
+    return png(figure)
 
 
 def retrieval_sheet(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -85,7 +60,7 @@ def retrieval_sheet(rows: Sequence[dict[str, Any]]) -> bytes:
             _cell(cell, picture, GREEN if itself else None)
     for cell, title in zip(grid[0], titles, strict=True):
         cell.set_title(title, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _cell(axes: Any, picture: Any, frame: str | None) -> None:

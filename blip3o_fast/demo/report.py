@@ -1,9 +1,10 @@
 """The demo's report: one self-contained HTML page. Each number and figure says what it is and whether it is good."""
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from blip3o_fast import page
 
 # How metrics.json names a metric of each system: the generated embeddings carry no suffix.
 SYSTEMS = {
@@ -116,92 +117,31 @@ _SHEET = (
 )
 
 
-def _table(report: Report) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in SYSTEMS)
-    lines = []
-    for key, (name, meaning, higher) in METRICS.items():
-        values = report.system(key)
-        if not values:
-            continue
-        best = (max if higher else min)(values.values())
-        cells = []
-        for system in SYSTEMS:
-            value = values.get(system)
-            text = "" if value is None else f"{value:.3f}"
-            cells.append(f"<td class='{'best' if value == best else ''}'>{text}</td>")
-        chance = report.metrics.get(key + "_chance")
-        shown = "" if chance is None else f"{chance:.4f}"
-        arrow = "higher is better" if higher else "lower is better"
-        lines.append(
-            f"<tr><th class='row'>{html.escape(name)}<small>{html.escape(meaning)}; {arrow}</small></th>"
-            + "".join(cells) + f"<td>{shown}</td></tr>"
-        )  # fmt: skip
-    return f"<table><tr><th></th>{head}<th>chance</th></tr>{''.join(lines)}</table>"
-
-
 def _figure(report: Report, name: str, title: str, sentence: str) -> str:
-    if name not in report.figures:
-        return ""
-    data = base64.b64encode(report.figures[name]).decode()
-    return (
-        f"<section><h2>{html.escape(title)}</h2><p>{html.escape(sentence)}</p>"
-        f"<img alt='{html.escape(title)}' src='data:image/png;base64,{data}'></section>"
-    )
-
-
-def _facts(title: str, rows: Mapping[str, str]) -> str:
-    body = "".join(f"<tr><th class='row'>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
-    return f"<section><h2>{html.escape(title)}</h2><table class='facts'>{body}</table></section>" if rows else ""
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6670; --page: #f6f7f9; --card: #ffffff; --line: #d9dee3; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --soft: #9aa5b0; --page: #14171a; --card: #1e2328; --line: #343b42; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0; }
-main { max-width: 1000px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { margin: 0 0 4px; font-size: 30px; } h2 { margin: 0 0 6px; font-size: 20px; }
-p { color: var(--soft); margin: 0 0 12px; max-width: 78ch; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(175px, 1fr)); gap: 12px; margin: 20px 0; }
-.tile, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
-.tile b { display: block; font-size: 28px; } .tile span { color: var(--soft); font-size: 13px; display: block; }
-section { margin: 16px 0; overflow-x: auto; } img { max-width: 100%; height: auto; border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { padding: 7px 9px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th.row, .facts td { text-align: left; }
-th small { display: block; font-weight: 400; color: var(--soft); max-width: 30ch; }
-td.best { font-weight: 700; } code { font-size: 13px; } pre { white-space: pre-wrap; margin: 0; }
-"""
+    return page.picture(title, sentence, report.figures[name]) if name in report.figures else ""
 
 
 def render(report: Report) -> str:
     """The page as HTML text, with every figure inside it."""
-    tiles = "".join(
-        f"<div class='tile'><span>{html.escape(name)}</span><b>{html.escape(value)}</b>"
-        f"<span>{html.escape(meaning)}</span></div>"
-        for name, value, meaning in headline(report.metrics)
-    )
     commands = html.escape("\n".join(report.commands))
-    return "".join(
-        [
-            "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-            "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-            f"<title>blip3o_fast demo</title><style>{_STYLE}</style></head><body><main>",
-            "<h1>blip3o_fast demo</h1><p>Real pictures became embeddings of two different pretrained networks; a ",
-            "small BLIP3-o diffusion transformer learned to generate one network's embedding from the other's; here ",
-            "is how well it does on pictures that it never saw.</p>",
-            f"<div class='tiles'>{tiles}</div>",
-            _figure(report, "sheet", "What the samples mean", _SHEET),
-            _figure(report, "loss", "Is the loss normal?", _loss_sentence(report)),
-            _figure(report, "recall", "Does it find the right picture?", _recall_sentence(report)),
-            _figure(report, "cosine", "How close are the tokens?", _cosine_sentence(report)),
-            _figure(report, "buckets", "Where is the loss?", _BUCKETS),
-            "<section><h2>Every metric, every baseline</h2><p>Held-out pictures only; bold: best of its row.</p>",
-            _table(report),
-            "</section>",
-            _facts("This run", report.facts),
-            _facts("Time", {name: f"{seconds:.0f} s" for name, seconds in report.stages.items()}),
-            f"<section><h2>The commands behind it</h2><pre><code>{commands}</code></pre></section>",
-            "</main></body></html>",
-        ]
+    return page.page(
+        "blip3o_fast demo",
+        "blip3o_fast demo",
+        "Real pictures became embeddings of two different pretrained networks; a small BLIP3-o diffusion transformer "
+        "learned to generate one network's embedding from the other's; here is how well it does on pictures that it "
+        "never saw.",
+        page.tiles(headline(report.metrics)),
+        _figure(report, "sheet", "What the samples mean", _SHEET),
+        _figure(report, "loss", "Is the loss normal?", _loss_sentence(report)),
+        _figure(report, "recall", "Does it find the right picture?", _recall_sentence(report)),
+        _figure(report, "cosine", "How close are the tokens?", _cosine_sentence(report)),
+        _figure(report, "buckets", "Where is the loss?", _BUCKETS),
+        page.section(
+            "Every metric, every baseline",
+            "Held-out pictures only; bold: best of its row.",
+            page.metric_table(report.metrics, METRICS, SYSTEMS),
+        ),
+        page.facts("This run", report.facts),
+        page.facts("Time", {name: f"{seconds:.0f} s" for name, seconds in report.stages.items()}),
+        page.section("The commands behind it", "", f"<pre><code>{commands}</code></pre>"),
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-from blip3o_fast.demo.plots import BLUE, GREEN, GREY
+from blip3o_fast.training.plots import BLUE, GREEN, GREY
 
 MARGIN, HEADER, GAP = 0.22, 0.62, 0.14
 QUERY, BOX, TITLE, LABEL = 2.35, 1.3, 0.27, 0.56

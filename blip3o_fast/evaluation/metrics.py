@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A row of a triangular factor that is shorter than this part of the whole says nothing.
+_ROUNDING = 32 * torch.finfo(torch.float64).eps
 # Rows per block of a pairwise table: 1024 x 1024 float64 similarities are 8 MB.
 _BLOCK = 1024
 
@@ -113,7 +115,7 @@ class Gaussian:
     """Mean ``[C]`` and covariance ``root' root`` of a set of vectors, float64; fitted once, compared with many."""
 
     mean: Tensor
-    root: Tensor  # [min(n, C), C]
+    root: Tensor  # [r, C], r at most min(n, C)
 
     @classmethod
     def fit(cls, features: Tensor, name: str = "features") -> Gaussian:
@@ -126,11 +128,11 @@ class Gaussian:
         if len(rows) < 2:
             raise ValueError(f"{name} must hold at least 2 vectors for a covariance, got {len(rows)}")
         mean = rows.mean(0)
-        root = (rows - mean) / (len(rows) - 1) ** 0.5
-        if root.shape[0] > root.shape[1]:
-            # R of a QR decomposition has the same R'R and only C rows.
-            root = torch.linalg.qr(root, mode="r").R
-        return cls(mean, root)
+        # R of a QR decomposition has the same R'R and at most C rows. Of features that fill few dimensions (mapped back
+        # from a PCA, say) most rows are rounding, with which the decomposition in `distance` takes ten times as long.
+        root = torch.linalg.qr((rows - mean) / (len(rows) - 1) ** 0.5, mode="r").R
+        lengths = root.norm(dim=1)
+        return cls(mean, root[lengths > _ROUNDING * lengths.norm()])
 
     def distance(self, other: Gaussian) -> float:
         """Fréchet distance to another Gaussian, see `frechet_distance`."""

@@ -19,6 +19,7 @@ from blip3o_fast.flow.timesteps import (
     drop_condition,
     network_time,
 )
+from blip3o_fast.flow.weighting import WEIGHTINGS, loss_weight
 from blip3o_fast.ops._flow_schedule import check_prediction_type
 from blip3o_fast.ops._philox import normal_noise_at, seed_tensor
 
@@ -108,6 +109,8 @@ class FlowMatchingLoss:
     distribution, logit_mean, logit_std, shift: of the noise levels, see `flow.timesteps.sigma_quantile`.
     condition_dropout: probability with which a training sample sees the null condition (zeros); guidance needs it.
     regularization_weight: see `ops.flow_matching_loss`.
+    weighting: how much each noise level counts (`flow.weighting`). It scales the gradient of each sample; the loss and
+    metrics that are returned stay those of the plain error, comparable whatever the weighting.
     Raises ValueError naming the setting, what was given and what is allowed.
     """
 
@@ -120,6 +123,7 @@ class FlowMatchingLoss:
     shift: float = 1.0
     condition_dropout: float = 0.1
     regularization_weight: float = 0.0
+    weighting: str = "none"
 
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type)
@@ -129,6 +133,10 @@ class FlowMatchingLoss:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
         if not 0.0 <= self.regularization_weight < float("inf"):
             raise ValueError(f"regularization_weight must be a finite number >= 0, got {self.regularization_weight}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
+        if self.weighting != "none" and self.regularization_weight:
+            raise ValueError("weighting would scale the gradient of the regularization too: give one of them")
 
     @classmethod
     def from_config(cls, config: FlowSettings, **settings: Any) -> "FlowMatchingLoss":
@@ -196,6 +204,10 @@ class FlowMatchingLoss:
         )
         if velocity_sign(self.time_convention, self.prediction_type) < 0:
             output = -output
+        if self.weighting != "none" and output.requires_grad:
+            # The gradient of a weighted mean of squares is the plain one, times each sample's weight.
+            weight = loss_weight(sigma, self.weighting).reshape(-1, *[1] * (output.dim() - 1))
+            output.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))
         return ops.flow_matching_loss(
             output,
             data,

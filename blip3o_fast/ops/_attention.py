@@ -7,7 +7,7 @@ from blip3o_fast.ops import _attention_peers as peers
 from blip3o_fast.ops import _cpu, _triton
 from blip3o_fast.ops._backend import Backends, use_backend
 from blip3o_fast.ops._softmax_blocks import seen
-from blip3o_fast.ops._switch import Switch
+from blip3o_fast.ops._switch import State, Switch
 
 # What is no backend of ours: `attend` calls it, and it differentiates itself.
 IMPLEMENTATIONS = ("sdpa", *peers.NAMES)
@@ -25,7 +25,7 @@ class use_attention(Switch):
     which names work here. What cannot run a call (its device, its dtype) raises RuntimeError when the op is called.
     """
 
-    active = "auto"
+    state = State("auto")
 
     def __init__(self, name: str) -> None:
         if name not in NAMES:
@@ -59,10 +59,10 @@ def choose(
     q, k: [B, T, heads, d], those with the most pairs where there are several; dtype: the result's; computed: in which
     IMPLEMENTATIONS compute it (`computing_dtype`), if another.
     """
-    name = use_attention.active
+    name = use_attention.state.active
     if name == "auto":
         backend = backends.choose(q, k, *others)
-        automatic = use_backend.active == "auto"
+        automatic = use_backend.state.active == "auto"
         return "sdpa" if automatic and _prefers_sdpa(backend, q, k, dtype, differentiable) else backend
     reason = peers.refusal(name, computed or dtype, q) if name in peers.NAMES else None
     if reason is not None:

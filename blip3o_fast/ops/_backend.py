@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from blip3o_fast.ops._switch import Switch
+from blip3o_fast.ops._switch import State, Switch
 
 NAMES = ("auto", "reference", "triton", "cuda", "cpu")
 # What `auto` tries on each device before the reference.
@@ -25,12 +25,12 @@ class use_backend(Switch):
     Raises ValueError for another name.
     """
 
-    active = "auto"
+    state = State("auto")
 
     def __init__(self, name: str) -> None:
         if name not in NAMES:
             raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
-        super().__init__(name)
+        super().__init__(NAMES[NAMES.index(name)])  # a plain str: with a subclass PyTorch 2.11 cannot compile
 
 
 class Backends:
@@ -46,7 +46,7 @@ class Backends:
 
     def choose(self, x: Tensor, *others: Tensor | None) -> str:
         """The backend for a call whose activation is x. RuntimeError where the one asked for cannot run it."""
-        active = use_backend.active
+        active = use_backend.state.active
         if active == "reference":
             return "reference"
         if active != "auto":

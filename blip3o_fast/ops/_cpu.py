@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blip3o_fast import _ext
-from blip3o_fast.ops._switch import Switch
+from blip3o_fast.ops._switch import State, Switch
 
 CODES = {
     torch.float32: 0,
@@ -39,7 +39,7 @@ class use_isa(Switch):
     this build does not have.
     """
 
-    active = "auto"
+    state = State("auto")
 
     def __init__(self, name: str) -> None:
         if name not in ("auto", *ISAS):
@@ -49,7 +49,7 @@ class use_isa(Switch):
 
 def active_isa() -> str:
     """The instruction set that a kernel called now would run with."""
-    return ISAS[-1] if use_isa.active == "auto" else use_isa.active
+    return ISAS[-1] if use_isa.state.active == "auto" else use_isa.state.active
 
 
 def refusal(x: Tensor, *others: Tensor | None) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_fast.ops._switch import Switch
+from blip3o_fast.ops._switch import State, Switch
 
 # Two correct implementations differ by rounding: the last bit of each element, and in sums over rows the root of
 # their number of bits. A wrong kernel differs by far more.
@@ -21,7 +21,7 @@ class debug_ops(Switch):
     where the reference is. Calls that run on the reference anyway are not checked.
     """
 
-    active = False
+    state = State(False)
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__(enabled)
@@ -32,7 +32,7 @@ def checked(op: str, implementation: Callable[..., Any], args: tuple[Any, ...], 
 
     An op without that argument (`merged_linear`) has one implementation: nothing to compare with.
     """
-    if not debug_ops.active or not isinstance(args[-1], str) or args[-1] == "reference":
+    if not debug_ops.state.active or not isinstance(args[-1], str) or args[-1] == "reference":
         return
     expected = implementation(*args[:-1], "reference")
     ours, theirs = (_tensors(value) for value in (result, expected))

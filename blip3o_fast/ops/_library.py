@@ -72,7 +72,7 @@ def run(op: Callable[..., Any], *args: Any) -> Any:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._autograd._profiler_enabled()
-        and not _debug.debug_ops.active
+        and not _debug.debug_ops.state.active
     ):
         return _IMPLEMENTATIONS[op](*args)
     return op(*args)

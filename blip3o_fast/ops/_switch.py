@@ -4,18 +4,23 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 
-class Switch:
-    """`switch(value)` from here on; `with switch(value):` inside the block. Each subclass is one setting.
-
-    The value is a class attribute, which torch.compile guards on: a graph traced under one value is not reused under
-    another.
+class State:
+    """Holds a setting's value as an attribute of an instance, which torch.compile guards on: a graph traced under one
+    value is not reused under another. On a class attribute PyTorch 2.11 puts no guard.
     """
 
-    active: ClassVar[Any]
+    def __init__(self, value: Any) -> None:
+        self.active = value
+
+
+class Switch:
+    """`switch(value)` from here on; `with switch(value):` inside the block. Each subclass is one setting."""
+
+    state: ClassVar[State]
 
     def __init__(self, value: Any) -> None:
-        self.previous = type(self).active
-        type(self).active = value
+        self.previous = self.state.active
+        self.state.active = value
 
     def __enter__(self) -> Self:
         return self
@@ -23,4 +28,4 @@ class Switch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        type(self).active = self.previous
+        self.state.active = self.previous

@@ -335,7 +335,7 @@ def merged_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     refuse_transforms("merged_linear")
     dtype, biases = output_dtype(x), [] if biases is None else biases
     # no backend but cpu has a kernel of its own: under the others' names the vendor library's product is what runs
-    backend = BACKENDS.choose(x, *weights, *biases) if use_backend.active in ("auto", "cpu") else "reference"
+    backend = BACKENDS.choose(x, *weights, *biases) if use_backend.state.active in ("auto", "cpu") else "reference"
     with recorded("merged_linear"):
         if needs_grad(x, *weights, *biases):
             return _MergedLinear.apply(x, dtype, backend, len(weights), *weights, *biases)

@@ -198,7 +198,7 @@ class Graphs:
         rows = len(next(leaves(condition)))
         self.reason = self.refusal(x.device, rows)
         key = (rules.solver, rules.dtype, rules.truncate_time, *layout((x, kept)), tuple(kept.conditions))
-        key = (*key, x.device, use_backend.active, use_attention.active)
+        key = (*key, x.device, use_backend.state.active, use_attention.state.active)
         if self.reason is None:
             self._renew()
             self.reason = self._failed.get(key)
@@ -263,7 +263,7 @@ class Graphs:
                 return f"the weights are sharded or packed: {name} is a {type(parameter).__name__}"
         if torch.is_autocast_enabled(device.type):
             return "under torch.autocast the weights' casts would become a part of the graph"
-        if debug_ops.active:
+        if debug_ops.state.active:
             return "debug_ops looks at every result"
         tokens, most = rows * model.config.num_tokens, most_tokens(model.config)
         if tokens > most:

@@ -83,7 +83,11 @@ class PreparedModel:
 
     def _blocks(self) -> list[PackedBlock | None] | None:
         """The blocks packed as they are now; None where another implementation is asked for."""
-        if use_backend.active not in ("auto", "cpu") or use_attention.active != "auto" or debug_ops.active:
+        if (
+            use_backend.state.active not in ("auto", "cpu")
+            or use_attention.state.active != "auto"
+            or debug_ops.state.active
+        ):
             return None
         return [packed if packed is not None and packed.renew() else None for packed in self._packed]
 

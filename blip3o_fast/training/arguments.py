@@ -6,16 +6,26 @@ Names and defaults are those of the original training script where it had the fl
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from blip3o_fast.flow.timesteps import check_distribution
+from blip3o_fast.flow.weighting import WEIGHTINGS
 from blip3o_fast.models.normalizer import parse_spec
+from blip3o_fast.ops._attention import NAMES as ATTENTION
+from blip3o_fast.ops._backend import NAMES as BACKENDS
 
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DEVICES = ("auto", "cpu", "cuda")
+TRACKERS = ("wandb", "tensorboard", "none")
 DEFAULT_WARMUP = 1000
+
+# Without any of these, --debug trains the preset `small`.
+SIZES = (
+    *("preset", "model_dim", "num_layers", "num_heads", "num_kv_heads", "multiple_of", "ffn_dim_multiplier"),
+    "init_from",
+)
 
 # What may differ when a run is continued: nothing here changes the numbers that the run produces. Batch size and
 # accumulation are compared as a product with the number of processes, the effective batch; epochs and steps are told.
@@ -23,9 +33,10 @@ FREE_ON_RESUME = frozenset(
     {
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
-        "wandb_project", "wandb_run_name", "no_wandb", "device", "compile_model", "gradient_checkpointing",
-        "resume_from_checkpoint", "debug", "dry_run", "output_dir", "embeddings_path", "init_from", "max_steps",
-        "num_epochs", "normalize_embeddings", "progress",
+        "max_bad_steps", "load_best_model_at_end", "wandb_project", "wandb_run_name", "no_wandb", "device",
+        "compile_model", "gradient_checkpointing", "resume_from_checkpoint", "debug", "dry_run", "output_dir",
+        "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "normalize_embeddings", "progress",
+        "backend", "attention_backend", "force", "report_to", "profile_steps",
     }
 )  # fmt: skip
 
@@ -48,6 +59,7 @@ class TrainSettings:
     ffn_dim_multiplier: float | None = None
     context_projection: bool | None = None
     init_from: str | None = None  # folder or hub name of a trained model whose weights are the start
+    init_optimizer: str | None = None  # and the state of its optimizer, see `optimizer_state`
     gradient_checkpointing: bool = False
 
     # Optimisation. `max_steps` wins over `num_epochs`.
@@ -59,11 +71,14 @@ class TrainSettings:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     warmup_steps: int | None = None  # None: 1000, but at most a tenth of the run
+    warmup_ratio: float | None = None  # of the run's steps, instead of warmup_steps
     lr_scheduler: str = "cosine"
+    min_learning_rate: float = 0.0  # where the cosine ends
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999  # 0 turns the average off
+    max_bad_steps: int = 3  # in a row whose loss or gradient is not finite; each one is left out
     seed: int = 42
 
     # Flow matching
@@ -77,6 +92,7 @@ class TrainSettings:
     logit_std: float = 1.0
     timestep_shift: float = 1.0
     condition_dropout: float = 0.1
+    loss_weighting: str = "none"
 
     # Data
     subset_size: int | None = None  # of the train split; the normalisation comes from all of it
@@ -93,9 +109,12 @@ class TrainSettings:
     guidance_scale: float = 2.0
     num_inference_steps: int = 20
     save_total_limit: int | None = 3
+    load_best_model_at_end: bool = False  # the trained model is the checkpoint with the lowest held-out loss
     wandb_project: str = "blip3o-dit"
     wandb_run_name: str | None = None
     no_wandb: bool = False
+    report_to: str | None = None  # of TRACKERS, with commas; None: wandb where it is ready
+    profile_steps: str | None = None  # first:last, both included
     progress: bool | None = None  # None: a bar on a terminal, one line per log elsewhere; False: silent
 
     # Hardware
@@ -103,11 +122,16 @@ class TrainSettings:
     bf16: bool = False
     device: str = "auto"
     compile_model: bool = False
+    backend: str = "auto"
+    attention_backend: str = "auto"
 
     # Other
     resume_from_checkpoint: str | None = None  # "auto", or a checkpoint folder
     debug: bool = False
     dry_run: bool = False
+    force: bool = False  # begin although the estimate says that the memory does not suffice
+    # More of transformers' TrainingArguments, by their names there (`passed_on`).
+    training_arguments: dict[str, Any] = field(default_factory=dict, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         self.embeddings_path = Path(self.embeddings_path)
@@ -117,6 +141,8 @@ class TrainSettings:
             self.num_epochs = min(self.num_epochs, 2)
             self.logging_steps, self.save_steps, self.eval_steps = 10, 100, 100
             self.no_wandb = True
+            if all(getattr(self, name) is None for name in SIZES):
+                self.preset = "small"
         if self.normalize_embeddings and self.normalize == "none":
             self.normalize = "l2"
 
@@ -129,16 +155,33 @@ class TrainSettings:
         ]
         if self.normalize_embeddings and self.normalize != "l2":
             problems.append(f"--normalize_embeddings means --normalize l2, but --normalize is {self.normalize!r}")
+        if self.init_optimizer and not self.init_from:
+            problems.append("--init_optimizer needs --init_from: an optimizer's state belongs to the weights")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 exclude each other: give one of them")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            problems.append("--warmup_steps and --warmup_ratio exclude each other: give one of them")
+        if self.min_learning_rate and self.lr_scheduler != "cosine":
+            problems.append(f"--min_learning_rate belongs to --lr_scheduler cosine, got {self.lr_scheduler!r}")
+        if self.loss_weighting != "none" and self.regularization_weight:
+            problems.append("--loss_weighting and --regularization_weight exclude each other: give one of them")
+        if self.load_best_model_at_end and (self.eval_split == 0 or self.save_steps % self.eval_steps):
+            problems.append(
+                "--load_best_model_at_end needs an evaluation at each checkpoint: --eval_split above 0, --save_steps a "
+                f"multiple of --eval_steps; got {self.eval_split}, {self.save_steps} and {self.eval_steps}"
+            )
         for check in (
             lambda: parse_spec(self.normalize),
+            lambda: trackers_named(self.report_to),
+            lambda: steps_named(self.profile_steps),
             lambda: check_distribution(self.timestep_sampling, self.logit_mean, self.logit_std, self.timestep_shift),
         ):
             try:
                 check()
             except ValueError as error:
                 problems.append(str(error))
+        if self.no_wandb and "wandb" in (self.report_to or ""):
+            problems.append(f"--no_wandb and --report_to {self.report_to} exclude each other: give one of them")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -162,7 +205,7 @@ class TrainSettings:
             whole(name, 1)
             for name in (
                 "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps",
-                "eval_steps", "num_inference_steps",
+                "eval_steps", "num_inference_steps", "max_bad_steps",
             )
         ]  # fmt: skip
         rules += [
@@ -187,6 +230,8 @@ class TrainSettings:
             number("sigma_min", 0, 0.999999),
             number("sigma_max", 0, 1, open_low=True),
             number("regularization_weight", 0),
+            number("min_learning_rate", 0, self.learning_rate if _is_number(self.learning_rate) else math.inf),
+            ("warmup_ratio", self.warmup_ratio is None or number("warmup_ratio", 0, 1)[1], "a number >= 0 and <= 1"),
             number("condition_dropout", 0, 1),
             number("eval_split", 0, 0.9),
             number("guidance_scale", 0),
@@ -194,6 +239,9 @@ class TrainSettings:
             one_of("device", DEVICES),
             one_of("prediction_type", ("v_prediction", "epsilon")),
             one_of("schedule_type", ("linear", "cosine")),
+            one_of("loss_weighting", WEIGHTINGS),
+            one_of("backend", BACKENDS),
+            one_of("attention_backend", ATTENTION),
         ]
         return rules
 
@@ -212,8 +260,34 @@ class TrainSettings:
         return lines
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def warmup_steps(settings: TrainSettings, total_steps: int) -> int:
     """The warmup in steps: as given, or the original's 1000 but at most a tenth of the run."""
     if settings.warmup_steps is not None:
         return settings.warmup_steps
+    if settings.warmup_ratio is not None:
+        return math.ceil(settings.warmup_ratio * total_steps)
     return min(DEFAULT_WARMUP, total_steps // 10)
+
+
+def trackers_named(report_to: str | None) -> tuple[str, ...] | None:
+    """``"wandb,tensorboard"`` as names, None for None; ValueError for a name that is none of TRACKERS."""
+    if report_to is None:
+        return None
+    names = tuple(name.strip() for name in report_to.split(","))
+    if not set(names) <= set(TRACKERS) or ("none" in names and len(names) > 1):
+        raise ValueError(f"--report_to must be none, wandb, tensorboard or wandb,tensorboard, got {report_to!r}")
+    return () if names == ("none",) else names
+
+
+def steps_named(profile_steps: str | None) -> tuple[int, int] | None:
+    """``"10:15"`` as (10, 15), None for None; ValueError for anything but first:last with 1 <= first <= last."""
+    if profile_steps is None:
+        return None
+    first, _, last = profile_steps.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile_steps must be first:last with 1 <= first <= last (10:15), got {profile_steps!r}")
+    return int(first), int(last)

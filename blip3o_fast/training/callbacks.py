@@ -28,17 +28,21 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._group: Any = None
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop. Every rank must call this at the same steps.
 
         A signal reaches the ranks at different steps, or only one of them; a rank that stopped alone would leave the
-        others waiting for its gradients.
+        others waiting for its gradients. With GPUs the question goes from host to host, in a group of its own: a flag
+        on the device would make every host wait for its step to end.
         """
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            flag = torch.tensor(int(self.requested), dtype=torch.int32, device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.requested = bool(flag.item())
+            if self._group is None and device.type == "cuda":
+                self._group = dist.new_group(backend="gloo")
+            flag = torch.tensor(int(self.requested), dtype=torch.int32)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+            self.requested = bool(flag)
         return self.requested
 
     @contextmanager
@@ -66,13 +70,13 @@ class StopRequest:
 class StepCallback(TrainerCallback):
     """Gradient check, weight average, true epoch, clean stop, last evaluation, old checkpoints."""
 
-    def __init__(self, trainer: BLIP3oTrainer, stop: StopRequest, keep: int | None) -> None:
-        self.trainer, self.stop, self.keep = trainer, stop, keep
+    def __init__(self, trainer: BLIP3oTrainer, stop: StopRequest, keep: int | None, *, keep_best: bool = False) -> None:
+        self.trainer, self.stop, self.keep, self.keep_best = trainer, stop, keep, keep_best
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.begin_window()
+        self.trainer.clock.start(self.trainer.samples_seen())  # the first step, not the construction
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,8 +87,11 @@ class StepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         trainer = self.trainer
+        if trainer.watch.reads_are_free:
+            trainer.tell_bad_steps()
         if trainer.ema is not None:
             trainer.ema.update(trainer.model)
+        trainer.clock.step()
         # The Trainer counts one endless epoch.
         state.epoch = trainer.samples_seen() / trainer.order.n
         if state.global_step >= state.max_steps:
@@ -97,7 +104,7 @@ class StepCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save:
-            checkpoints.rotate(Path(args.output_dir), self.keep)
+            checkpoints.rotate(Path(args.output_dir), self.keep, keep_best=self.keep_best)
 
 
 class MetricsFile(TrainerCallback):
@@ -184,7 +191,14 @@ class Progress(TrainerCallback):
             parts.append(f"{logs['loss_over_linear']:.2f} x linear")
         if "grad_norm" in logs:
             parts.append(f"grad {logs['grad_norm']:.2f}")
-        parts += [f"lr {logs['learning_rate']:.1e}", f"{each:.2f} s/step", f"left {left // 60}:{left % 60:02d}"]
+        parts += [f"lr {logs['learning_rate']:.1e}", f"{each:.2f} s/step"]
+        if "samples_per_second" in logs:
+            parts.append(f"{logs['samples_per_second']:.3g} samples/s")
+        if "mfu" in logs:
+            parts.append(f"MFU {logs['mfu']:.0%}")
+        if logs.get("data_wait", 0) >= 0.05:
+            parts.append(f"{logs['data_wait']:.0%} of it waiting for data")
+        parts.append(f"left {left // 60}:{left % 60:02d}")
         return " | ".join(parts)
 
     def on_train_end(
@@ -211,5 +225,8 @@ def _evaluation_line(state: TrainerState, logs: dict[str, Any]) -> str:
     if "eval_token_cosine" in logs:
         parts.append(f"generated token cosine {logs['eval_token_cosine']:.3f}")
     if "eval_recall_at_1" in logs:
-        parts.append(f"recall@1 {logs['eval_recall_at_1']:.2f} (chance {logs['eval_recall_at_1_chance']:.2f})")
+        beside = f"chance {logs['eval_recall_at_1_chance']:.2f}"
+        if "eval_recall_at_1_ridge" in logs:
+            beside += f", ridge {logs['eval_recall_at_1_ridge']:.2f}"
+        parts.append(f"recall@1 {logs['eval_recall_at_1']:.2f} ({beside})")
     return " | ".join(parts)

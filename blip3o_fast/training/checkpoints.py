@@ -3,7 +3,9 @@
     run.json            settings, versions, data, status: running | interrupted | finished
     metrics.jsonl       one object per log
     checkpoint-N/       weights as models.checkpoints names them, config.json, normalizer.safetensors, ema.safetensors,
-                        and complete.json, written last: a folder without it was cut off and is never continued
+                        state.json (see `saving`), and complete.json, written last: a folder without it was cut
+                        off and is never continued
+    interrupted_checkpoint      after Ctrl-C or SIGTERM: a link to the checkpoint of the last step
     model.safetensors, config.json, normalizer.safetensors      the trained model, once the run is finished
 
 All small files are written beside and renamed. No pickle of ours is written; optimizer.pt and scheduler.pt are the
@@ -24,6 +26,7 @@ from blip3o_fast.models.reading import OUR_WEIGHTS, STOCK_WEIGHTS
 MARKER = "complete.json"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
 
@@ -107,13 +110,32 @@ def last_whole(output_dir: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
-def rotate(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints, and folders cut off before the newest whole one."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state.json; empty where an earlier version wrote none."""
+    path = folder / STATE_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def best_whole(output_dir: Path) -> Path | None:
+    """The whole checkpoint with the lowest evaluation loss, the earlier one of two; None where none was evaluated."""
+    whole = [path for path in checkpoints(output_dir) if what_is_missing(path) is None]
+    losses = {path: read_state(path).get("eval_loss") for path in whole}
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(evaluated, key=evaluated.__getitem__, default=None)
+
+
+def rotate(output_dir: Path, keep: int | None, *, keep_best: bool = False) -> None:
+    """Delete all but the newest ``keep`` whole checkpoints, and folders cut off before the newest whole one.
+
+    keep_best: nor the one with the lowest evaluation loss.
+    """
     everything = checkpoints(output_dir)
     whole = [path for path in everything if what_is_missing(path) is None]
     if not whole:
         return
     kept = set(whole if keep is None else whole[-keep:])
+    if keep_best and (best := best_whole(output_dir)) is not None:
+        kept.add(best)
     for path in everything:
         if path not in kept and step_of(path) < step_of(whole[-1]):
             unmark(path)  # first: a deletion that is cut off must not leave something that looks whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ class Data:
     raw_mean: Tensor  # [C]: of the whole train split's raw targets
     normalizer: FeatureNormalizers
     checksum: int  # of some raw training pictures
+    keys: list[str] | None = None  # names of the training pictures
 
     def describe(self) -> dict[str, Any]:
         """For run.json: enough to notice that a continued run got other data."""
@@ -52,9 +52,8 @@ def device_for(settings: TrainSettings) -> torch.device:
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = torch.device("cuda" if available and settings.device != "cpu" else "cpu")
     if settings.fp16 and device.type == "cpu":
-        raise ValueError(
-            "--fp16 needs a GPU: on a CPU the Trainer would silently train in fp32; use --bf16, or neither for fp32"
-        )
+        print("warning: --fp16 has no effect on a CPU, which trains in fp32 here; --bf16 is real", flush=True)
+        settings.fp16 = False
     if settings.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --fp16, or neither for fp32")
     return device
@@ -80,7 +79,7 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
 
     # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
     train, held_out = EmbeddingDataset.splits(settings.embeddings_path, eval_split=settings.eval_split)
-    conditions, targets = _subset(settings, train.conditions, train.targets)
+    conditions, targets, keys = _subset(settings, train.conditions, train.targets, train.keys)
     held_conditions, held_targets = conditions[:0], targets[:0]
     if held_out is not None:
         held_conditions, held_targets = held_out.conditions, held_out.targets
@@ -105,6 +104,7 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
         raw_mean,
         normalizer,
         _checksum(conditions) ^ _checksum(targets),
+        keys,
     )
 
 
@@ -114,15 +114,17 @@ def _checksum(features: Tensor) -> int:
     return zlib.crc32(some.numpy().tobytes())
 
 
-def _subset(settings: TrainSettings, conditions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _subset(
+    settings: TrainSettings, conditions: Tensor, targets: Tensor, keys: list[str]
+) -> tuple[Tensor, Tensor, list[str]]:
     """The training pictures that --subset_size keeps, chosen as EmbeddingDataset would."""
     found, wanted = len(conditions), settings.subset_size
     if wanted is None or wanted == found or (settings.debug and wanted > found):
-        return conditions, targets
+        return conditions, targets, keys
     if wanted > found:
         raise ValueError(f"--subset_size {wanted}: {settings.embeddings_path} has only {found} training pictures")
     rows = torch.randperm(found, generator=torch.Generator().manual_seed(42))[:wanted]
-    return conditions[rows], targets[rows]
+    return conditions[rows], targets[rows], [keys[row] for row in rows.tolist()]
 
 
 def _normalised(normalizer: Any, features: Tensor, block: int = 256) -> Tensor:
@@ -236,37 +238,6 @@ def total_steps(settings: TrainSettings, pictures: int, world_size: int) -> int:
     return max(1, math.ceil(settings.num_epochs * pictures / effective_batch(settings, world_size)))
 
 
-def generation_quality(settings: TrainSettings, data: Data) -> Callable[[Any], dict[str, float]] | None:
-    """``model -> {token_cosine, recall_at_1, ...}`` on a few held-out pictures, or None where there are none."""
-    count = min(settings.eval_generation_samples, len(data.raw_conditions))
-    if count < 2:
-        return None
-    some = evenly_spaced(len(data.raw_conditions), count)
-    conditions, targets = data.raw_conditions[some].float(), data.raw_targets[some].float()
-
-    def measure(model: Any) -> dict[str, float]:
-        from blip3o_fast.evaluation import metrics
-        from blip3o_fast.sampling.sample import sample
-
-        device = next(model.parameters()).device
-        generated = sample(
-            model,
-            conditions.to(device),
-            num_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=torch.Generator().manual_seed(0),
-        ).cpu()
-        return {
-            "token_cosine": metrics.token_cosine(generated, targets),
-            "l2_distance": metrics.l2_distance(generated, targets),
-            "norm_ratio": float(generated.norm(dim=-1).mean() / targets.norm(dim=-1).mean()),
-            "recall_at_1": metrics.recall_at_k(generated, targets, data.raw_mean, (1,))[1],
-            "recall_at_1_chance": 1 / count,
-        }
-
-    return measure
-
-
 def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.device, steps: int, world: int) -> str:
     """What is about to happen, one fact per line."""
     from blip3o_fast.training.arguments import warmup_steps
@@ -282,7 +253,8 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
             f"device      {name}" + (f", {world} processes" if world > 1 else ""),
             f"dtype       {dtype_line(settings, device)}",
             f"network     {parameters / 1e6:.2f} M parameters: width {config.hidden_size}, {config.num_layers} layers, "
-            f"{config.num_attention_heads} heads of {config.head_dim}, FFN {config.ffn_dim}",
+            f"{config.num_attention_heads} heads of {config.head_dim}, FFN {config.ffn_dim}"
+            + (f", preset {settings.preset}" if settings.preset else ""),
             f"data        {len(data.conditions)} training and {len(data.held_out_conditions)} held-out pictures, "
             f"condition {list(data.conditions.shape[1:])}, target {list(data.targets.shape[1:])} "
             f"(normalize {target.spec}, {100 * target.explained_variance:.0f} % of the variance)",

@@ -42,6 +42,8 @@ def resume_point(settings: TrainSettings) -> Path | None:
             say(f"the run in {output} was stopped before its first whole checkpoint: starting it again")
         return last
     folder = Path(wanted)
+    if folder.is_symlink():  # interrupted_checkpoint
+        folder = folder.parent / folder.readlink()
     if (reason := checkpoints.what_is_missing(folder)) is not None:
         hint = f"; the last whole one is {last}" if last else ""
         raise ValueError(f"--resume_from_checkpoint {folder} is not a whole checkpoint: {reason}{hint}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ import torch
 from blip3o_fast import __version__, env
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
-from blip3o_fast.training import checkpoints, prepare
-from blip3o_fast.training.arguments import TrainSettings, warmup_steps
+from blip3o_fast.ops import use_attention, use_backend
+from blip3o_fast.training import checkpoints, estimate, prepare, saving
+from blip3o_fast.training.arguments import TrainSettings, steps_named, warmup_steps
+from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
     check_same_run,
     is_finished,
@@ -46,11 +49,18 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint of the last finished step has been written.
     """
     settings.check()
+    with use_backend(settings.backend), use_attention(settings.attention_backend):
+        return _train(settings)
+
+
+def _train(settings: TrainSettings) -> dict[str, Any]:
     _need_libraries()
     resume = resume_point(settings)
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from and not resume else None
+    if start is not None and settings.init_optimizer:
+        read_named_state(settings.init_optimizer, start)  # what is wrong with it is said now
     data = prepare.load_data(settings, normalizer=stored_normalizer(resume) or getattr(start, "normalizer", None))
     world = int(env.read("WORLD_SIZE") or "1")
     check_same_run(settings, earlier, data, resume, world)
@@ -60,7 +70,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         more = "more with a larger --max_steps or --num_epochs"
         say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; {more}")
         return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
-    model = prepare.model_for(settings, data, start, read_config(resume) if resume else None)
+    if (profiled := steps_named(settings.profile_steps)) and profiled[0] > steps:
+        raise ValueError(f"--profile_steps {settings.profile_steps}: the run has only {steps} steps")
+    if start is not None:
+        config = start.config
+    else:
+        config = read_config(resume) if resume else prepare.config_for(settings, data)
+    estimate.check_memory(settings, data, device, config)
+    model = prepare.model_for(settings, data, start, config)
     if resume:
         tell_other_length(earlier, steps)
     say(prepare.header(settings, data, model, device, steps, world))
@@ -69,7 +86,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if resume:
         say(f"resuming    {resume}")
     if settings.dry_run:
-        say(f"dry run     {_dry_step(settings, data, model, device)}\nNothing was written.")
+        text, seconds = _dry_step(settings, data, model, device)
+        say(f"dry run     {text}")
+        say(estimate.plan(settings, data, model.config, device, steps, world, seconds) + "\nNothing was written.")
         return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
     return _run(settings, data, model, device, steps, resume, earlier)
 
@@ -94,27 +113,33 @@ def _flow_loss(settings: TrainSettings, model: BLIP3oDiT) -> Any:
         shift=settings.timestep_shift,
         condition_dropout=settings.condition_dropout,
         regularization_weight=settings.regularization_weight,
+        weighting=settings.loss_weighting,
     )
 
 
-def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> str:
-    """One forward and backward pass of the first batch."""
+def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> tuple[str, float]:
+    """Forward and backward of the first batch, twice: what happened, and the seconds of a step by the second."""
     from blip3o_fast.training.stream import SampleOrder
 
     model.to(device)
     pictures = SampleOrder(len(data.conditions), settings.seed).pictures(0, settings.batch_size)
     dtype = torch.float16 if settings.fp16 else torch.bfloat16
-    with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
-        loss, _ = _flow_loss(settings, model)(
-            model,
-            data.targets[pictures].to(device),
-            data.conditions[pictures].to(device),
-            seed=settings.seed,
-            sample_index=0,
-        )
-    loss.backward()
+    for _ in range(2):  # the first one also warms up
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
+            loss, _ = _flow_loss(settings, model)(
+                model,
+                data.targets[pictures].to(device),
+                data.conditions[pictures].to(device),
+                seed=settings.seed,
+                sample_index=0,
+            )
+        loss.backward()
+        value = float(loss.detach())  # waits for the device
+        seconds = time.perf_counter() - start
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if device.type == "cuda" else ""
-    return f"one batch forward and backward works, loss {float(loss.detach()):.4f}{memory}"
+    text = f"one batch forward and backward works, loss {value:.4f}{memory}"
+    return text, seconds * settings.gradient_accumulation_steps
 
 
 def _run(
@@ -127,17 +152,17 @@ def _run(
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     output = Path(settings.output_dir)
+    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
+    from blip3o_fast.training.quality import generation_quality
+    from blip3o_fast.training.trainer import BLIP3oTrainer
+    from blip3o_fast.training.trainer_args import training_arguments
+    from blip3o_fast.training.validation import Validation
+    from blip3o_fast.training.watch import step_cost, watchers
+
+    watching = watchers(settings, resume, evaluates=bool(len(data.held_out_conditions)))
     lines = (earlier or {}).get("yardstick") or yardstick_for(settings, data, model.config)
     say(_yardstick_line(lines))
-
-    from blip3o_fast.training.callbacks import MetricsFile, Progress, StepCallback, StopRequest
-    from blip3o_fast.training.trainer import BLIP3oTrainer
-    from blip3o_fast.training.trainer_args import training_arguments, wandb_is_ready
-    from blip3o_fast.training.validation import Validation
-
-    wandb, reason = (False, "") if settings.no_wandb else wandb_is_ready()
-    if reason and not wandb:
-        say(reason)
+    quality = generation_quality(settings, data)
     validation = None
     if len(data.held_out_conditions):
         validation = Validation(
@@ -146,10 +171,10 @@ def _run(
             model.config,
             settings.eval_batch_size,
             lines["linear_at_levels"],
-            prepare.generation_quality(settings, data),
+            quality,
         )
     args = training_arguments(
-        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None, wandb=wandb
+        settings, total_steps=steps, on_cpu=device.type == "cpu", evaluates=validation is not None
     )
     if settings.compile_model:
         model.compile()
@@ -162,14 +187,22 @@ def _run(
         validation=validation,
         ema_decay=settings.ema_decay,
         linear_loss=lines["training"],
+        max_bad_steps=settings.max_bad_steps,
+        keys=data.keys,
+        init_optimizer=None if resume else settings.init_optimizer,
+        record={"settings": settings.to_dict(), "data": data.describe(), "versions": _versions()},
+        cost=step_cost(settings, data, model, device),
     )
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     stop = StopRequest()
     progress = Progress()
-    trainer.add_callback(StepCallback(trainer, stop, settings.save_total_limit))
+    keep, best = settings.save_total_limit, settings.load_best_model_at_end
+    trainer.add_callback(StepCallback(trainer, stop, keep, keep_best=best))
     trainer.add_callback(MetricsFile(output / checkpoints.METRICS_FILE))
+    for callback in watching:
+        trainer.add_callback(callback)
     if settings.progress is not False:
         trainer.add_callback(progress)
 
@@ -187,10 +220,13 @@ def _run(
     main = trainer.is_world_process_zero()
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run)
+        saving.point_to_interrupted(output, None)
     try:
         with stop.listening():
             if resume and checkpoints.step_of(resume) >= steps:
-                trainer.restore(resume)  # only the final model was missing
+                trainer.restore(resume)  # only the final model was missing, and perhaps the last clearing
+                if main:
+                    checkpoints.rotate(output, keep, keep_best=best)
             else:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except torch.OutOfMemoryError as error:
@@ -201,15 +237,16 @@ def _run(
     if stop.requested and step < steps:
         if main:
             checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "interrupted"})
+            saving.point_to_interrupted(output, checkpoints.last_whole(output))
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
         _leave_group()
         raise KeyboardInterrupt
-    last = _finish(trainer, output, lines) if main else {}
+    last = _finish(trainer, output, run, quality, best=best) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
     _leave_group()
-    return {"status": "finished", "step": step, "output_dir": str(output), **last}
+    return {**last, "status": "finished", "step": step, "output_dir": str(output)}
 
 
 def _out_of_memory(settings: TrainSettings, error: Exception) -> str:
@@ -235,21 +272,26 @@ def _yardstick_line(lines: dict[str, Any]) -> str:
     return f"yardstick   loss of predicting {values}: a network that works ends below the last"
 
 
-def _finish(trainer: BLIP3oTrainer, output: Path, lines: dict[str, Any]) -> dict[str, Any]:
-    """The trained model at the root of the run's folder, and the plot. Returns the last evaluation."""
+def _finish(trainer: BLIP3oTrainer, output: Path, run: dict[str, Any], quality: Any, *, best: bool) -> dict[str, Any]:
+    """The trained model at the root of the run's folder, the plot and the report. Returns the model's evaluation."""
+    if best and (chosen := checkpoints.best_whole(output)) is not None:
+        trainer.restore(chosen)
+        say(f"best model: {chosen.name}, held-out loss {checkpoints.read_state(chosen)['eval_loss']:.4f}")
     if trainer.ema is not None:
         trainer.ema.copy_to(trainer.model)
     trainer.model.eval()
     trainer.save_model(str(output))
     entries = checkpoints.read_metrics(output / checkpoints.METRICS_FILE)
     try:
+        from blip3o_fast.training.neighbours import neighbours_of
         from blip3o_fast.training.plots import plot_loss
+        from blip3o_fast.training.report import write_report
 
-        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=lines)}")
+        say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=run['yardstick'])}")
+        say(f"report: {write_report(output, entries, run, neighbours_of(quality, run['settings']))}")
     except ModuleNotFoundError as error:
-        say(f'no loss curve: {error.name} is not installed (pip install "blip3o_fast[report]")')
-    evaluations = [entry for entry in entries if "eval_loss" in entry]
-    return evaluations[-1] if evaluations else {}
+        say(f'no loss curve and no report: {error.name} is not installed (pip install "blip3o_fast[report]")')
+    return saving.evaluation_of(entries, trainer.state.global_step)
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from blip3o_fast.training.loader import NamingLoader
+
 
 class SampleOrder:
     """Position in the stream -> picture, for ``n`` pictures."""
@@ -87,8 +89,9 @@ def stream_loader(
     Its length is that of the whole run, also when a continued run iterates over the end only: the Trainer
     derives the number of steps from it.
     """
-    return DataLoader(
+    return NamingLoader(
         stream,
+        first_batch=first_batch,
         batch_size=None,
         sampler=_FromHere(total_batches, first_batch),
         num_workers=num_workers,

@@ -3,8 +3,8 @@
 What differs from the Trainer, and why:
 
 - the batches come from a stateless stream (`stream`), so a run is continued in no time and bit for bit;
-- a loss or gradient norm that is not finite stops the run with an error that names the step. The Trainer would log a
-  loss of 0.0 and train NaN weights to the end;
+- a step whose loss or gradient is not finite is left out and named, several in a row stop the run (`finite`). The
+  Trainer would log a loss of 0.0 and train NaN weights to the end;
 - `evaluate` measures the velocity error at fixed noise levels and fixed noise (`validation`);
 - a checkpoint also holds config.json, normalizer.safetensors and the averaged weights, and no pickled arguments; it
   counts as whole only when its last file is written (`checkpoints`).
@@ -12,7 +12,7 @@ What differs from the Trainer, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,17 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
-from blip3o_fast.training import checkpoints
+from blip3o_fast.training import checkpoints, saving
+from blip3o_fast.training.clock import StepClock, StepCost
+from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
-from blip3o_fast.training.finite import FiniteWatch
-from blip3o_fast.training.parts import Sized, Window, without_config
+from blip3o_fast.training.finite import FiniteWatch, NonFiniteError
+from blip3o_fast.training.loader import dead_workers_named
+from blip3o_fast.training.optimizer_state import load_named_state, read_named_state
+from blip3o_fast.training.optimizers import check_optimizer
+from blip3o_fast.training.parts import Sized, without_config
 from blip3o_fast.training.stream import BatchStream, SampleOrder, stream_loader
+from blip3o_fast.training.sums import MetricSums
 from blip3o_fast.training.validation import Validation
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -47,6 +53,11 @@ class BLIP3oTrainer(Trainer):
         ema_decay: of the float32 average of the weights; 0: none.
         linear_loss: the training loss of the best linear velocity (`flow.yardstick`); with it the log
             has ``loss_over_linear``.
+        max_bad_steps: so many steps in a row whose loss or gradient is not finite stop the run (`finite`).
+        keys: names of the training pictures, for such a message.
+        record: settings, data and versions, kept in each checkpoint's state.json.
+        init_optimizer: what `optimizer_state.read_named_state` takes: the state that the optimizer begins with.
+        cost: of a sample, for tokens per second and MFU in the log; None: neither.
         callbacks: as in the Trainer.
     """
 
@@ -61,6 +72,11 @@ class BLIP3oTrainer(Trainer):
         validation: Validation | None = None,
         ema_decay: float = 0.0,
         linear_loss: float | None = None,
+        max_bad_steps: int = 3,
+        keys: Sequence[str] | None = None,
+        record: dict[str, Any] | None = None,
+        init_optimizer: str | Path | None = None,
+        cost: StepCost | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         if len(conditions) != len(targets) or not len(conditions):
@@ -69,16 +85,20 @@ class BLIP3oTrainer(Trainer):
             )
         if args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns must be False: the batches are not forward()'s arguments")
+        check_optimizer(args.optim)
         self.conditions, self.targets = conditions, targets
         self.order = SampleOrder(len(conditions), args.seed)
         self.loss_function = loss_function
         self.validation = validation
         self.linear_loss = linear_loss
-        self._sums: dict[str, Tensor] = {}
-        self._sum_count = 0
+        self.keys = keys
+        self.record = {} if record is None else record
+        self.init_optimizer = init_optimizer
+        self.last_evaluation: tuple[int, float] = (-1, 0.0)  # step and loss
+        self.sums = MetricSums()
         self.grad_norm: Tensor | None = None
-        self.watch = FiniteWatch(Path(args.output_dir), reads_are_free=args.device.type == "cpu", scaled=args.fp16)
-        self._window = Window()
+        self.watch = FiniteWatch(max_bad_steps, reads_are_free=args.device.type == "cpu", scaled=args.fp16)
+        self.clock, self.cost = StepClock(args.device), cost
         with without_config(model):
             super().__init__(
                 model=model,
@@ -102,10 +122,6 @@ class BLIP3oTrainer(Trainer):
     def samples_seen(self) -> int:
         return self.state.global_step * self.effective_batch
 
-    def begin_window(self) -> None:
-        """Throughput is counted from here (the first step, not the construction)."""
-        self._window.start(self.samples_seen())
-
     def get_train_dataloader(self) -> DataLoader:
         """The stream from the present step on. Each rank reads its own part, so accelerate must not shard again."""
         accumulate = self.args.gradient_accumulation_steps
@@ -125,11 +141,25 @@ class BLIP3oTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
     # ---- optimizer -------------------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices. The Trainer goes by class and name, and would decay most RMSNorms and gates."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.init_optimizer is not None:
+            load_named_state(self.model, optimizer, read_named_state(self.init_optimizer, self.model))
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with dead_workers_named():
+            return super().train(*args, **kwargs)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -140,29 +170,40 @@ class BLIP3oTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, metrics = self.loss_function(
-            model,
-            inputs["target"],
-            inputs["encoder_hidden_states"],
-            seed=self.args.seed,
-            sample_index=inputs["sample_index"],
-        )
+        with self.clock.forward():
+            loss, metrics = self.loss_function(
+                model,
+                inputs["target"],
+                inputs["encoder_hidden_states"],
+                seed=self.args.seed,
+                sample_index=inputs["sample_index"],
+            )
         if model.training:
-            for name, value in metrics.items():
-                value = value.detach()
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._sum_count += 1
+            self.sums.add(loss, metrics)
+            loss = self.watch.gated(loss)
         return (loss, metrics) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.watch.value(loss, "loss", self.state.global_step + 1)
-        return loss
+        # The Trainer's running sum would never get rid of a NaN.
+        return torch.where(torch.isfinite(loss), loss, 0)
 
     def check_grad_norm(self) -> None:
-        """Called after clipping, before the optimizer's step."""
+        """Called after clipping, before the optimizer's step, which a bad step is kept from."""
         if self.grad_norm is not None:
-            self.watch.gradient_norm(self.grad_norm, self.state.global_step + 1)
+            self.watch.judge(self.grad_norm, self.state.global_step + 1, self.optimizer)
+
+    def tell_bad_steps(self) -> None:
+        """Name the steps that were left out since the last call; NonFiniteError where the limit is reached."""
+        should_log = self.control.should_log  # a log of ours must not stand for that of the step
+        for bad in self.watch.news():
+            if self.is_world_process_zero():
+                print(f"step {bad.step}: {bad.what} is not finite; the step was left out", flush=True)
+            kind = "loss" if bad.what == "loss" else "gradient"
+            super().log({"skipped_step": bad.step, f"skipped_for_{kind}": 1, "skipped_steps": self.watch.total})
+        self.control.should_log = should_log
+        if self.watch.limit_reached:
+            raise NonFiniteError(explain(self))
 
     def _remember_grad_norm(self) -> None:
         # The Trainer keeps the clipped norm in a local variable; a callback needs it before the optimizer's step.
@@ -177,26 +218,20 @@ class BLIP3oTrainer(Trainer):
     # ---- logs ------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.watch.raise_if_bad()
-        if "loss" in logs and self._sum_count:
-            logs.update(self._drain_metrics())
-            if self.linear_loss:
+        self.tell_bad_steps()
+        if "loss" in logs and self.sums.count:
+            self.sums.log(logs, self._mean_over_ranks)
+            if self.watch.total:
+                logs["skipped_steps"] = self.watch.total
+            if self.linear_loss and "loss" in logs:
                 logs["loss_over_linear"] = logs.get("mse", logs["loss"]) / self.linear_loss
             logs["samples"] = self.samples_seen()
-            logs["samples_per_second"] = self._window.rate(self.samples_seen())
+            gather = self.accelerator.gather if self.args.world_size > 1 else None
+            logs.update(self.clock.read(self.samples_seen(), gather, self.cost))
         super().log(logs, start_time)
 
-    def _drain_metrics(self) -> dict[str, float]:
-        """Means of the loss's metrics since the last log, over all ranks; one transfer for all of them."""
-        names = [name for name in self._sums if name != "loss"]
-        if not names:
-            return {}
-        values = torch.stack([self._sums[name].float().reshape(()) for name in names]) / self._sum_count
-        if self.args.world_size > 1:
-            values = self.accelerator.reduce(values, reduction="mean")
-        self._sums.clear()
-        self._sum_count = 0
-        return dict(zip(names, values.tolist(), strict=True))
+    def _mean_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="mean") if self.args.world_size > 1 else values
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -206,7 +241,7 @@ class BLIP3oTrainer(Trainer):
         """`validation` with the averaged weights where there are some: those become the trained model."""
         if self.validation is None:
             raise ValueError("validation is None: this trainer was made without held-out data")
-        with self._window.excluding(), self.evaluated_weights():
+        with self.clock.excluding(), self.evaluated_weights():
             # model_wrapped carries accelerate's autocast; unwrapped DDP, because no gradient is exchanged.
             wrapped: Any = self.model_wrapped
             model = getattr(wrapped, "module", wrapped)
@@ -218,6 +253,8 @@ class BLIP3oTrainer(Trainer):
                 reduce=self._sum_over_ranks if self.args.world_size > 1 else None,
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if f"{metric_key_prefix}_loss" in metrics:
+            self.last_evaluation = self.state.global_step, metrics[f"{metric_key_prefix}_loss"]
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -268,14 +305,16 @@ class BLIP3oTrainer(Trainer):
                 model.normalizer.save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.watch.raise_if_bad()
+        self.tell_bad_steps()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with self._window.excluding():
+        with self.clock.excluding(), saving.whole_or_nothing(folder):
             if self.args.should_save:
                 checkpoints.unmark(folder)
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self.ema is not None:
-                self.ema.save(folder)
+            if self.args.should_save:
+                if self.ema is not None:
+                    self.ema.save(folder)
+                saving.write_state(folder, self)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.mark_complete(folder, self.state.global_step)
@@ -290,3 +329,4 @@ class BLIP3oTrainer(Trainer):
         target.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=True)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
+        saving.restore_state(Path(resume_from_checkpoint), self)

@@ -15,13 +15,14 @@ WANDB_HOST = "api.wandb.ai"
 
 
 def training_arguments(
-    settings: TrainSettings, *, total_steps: int, on_cpu: bool, evaluates: bool, wandb: bool = False
+    settings: TrainSettings, *, total_steps: int, on_cpu: bool, evaluates: bool
 ) -> TrainingArguments:
     """The Trainer's own settings for a run of ``total_steps`` optimizer steps."""
-    if wandb:
-        # The Trainer's wandb callback reads the project from here alone in the oldest version that we support.
-        env.set_default("WANDB_PROJECT", settings.wandb_project)
-    args = TrainingArguments(
+    given = dict(settings.training_arguments)
+    scheduler, scheduler_options = settings.lr_scheduler, given.pop("lr_scheduler_kwargs", None)
+    if settings.min_learning_rate:
+        scheduler, scheduler_options = "cosine_with_min_lr", {"min_lr": settings.min_learning_rate}
+    fixed = dict(
         output_dir=str(settings.output_dir),
         max_steps=total_steps,
         per_device_train_batch_size=settings.batch_size,
@@ -32,7 +33,8 @@ def training_arguments(
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type=settings.lr_scheduler,
+        lr_scheduler_type=scheduler,
+        **({} if scheduler_options is None else {"lr_scheduler_kwargs": scheduler_options}),
         warmup_steps=warmup_steps(settings, total_steps),
         bf16=settings.bf16,
         fp16=settings.fp16,
@@ -47,7 +49,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=None,  # ours: it deletes only after the new checkpoint is whole
-        report_to=["wandb"] if wandb else [],
+        report_to=[],  # `tracking` adds the trackers itself
         run_name=settings.wandb_run_name or Path(settings.output_dir).name,
         disable_tqdm=True,  # our own progress
         dataloader_num_workers=settings.num_workers,
@@ -57,6 +59,7 @@ def training_arguments(
         label_names=["target"],
         ddp_find_unused_parameters=False,
     )
+    args = TrainingArguments(**{**fixed, **given})
     # Several visible GPUs in one process would mean DataParallel; torchrun is the way to use them.
     if args.n_gpu > 1:
         args._n_gpu = 1

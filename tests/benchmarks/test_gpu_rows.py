@@ -49,6 +49,23 @@ def test_a_replay_writes_the_values_of_its_mode(mode):
         assert torch.equal(value, expected[name]) and not value.requires_grad
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+def test_the_devices_time_of_the_harness_modes(mode):
+    def broken(x, weight):
+        raise RuntimeError("cannot be captured")
+
+    def sleeps(x, weight):
+        time.sleep(0.002)
+        return square(x, weight)
+
+    providers = {"eager": square, "broken": broken, "sleeps": sleeps}
+    found = gpu_timing.device_seconds(providers, mode, make_inputs(), Clock("cpu"), rounds=5)
+    assert list(found) == list(providers) and found["broken"] is None
+    assert found["eager"] > 0
+    assert found["sleeps"] >= 0.002 or mode == "backward"  # whose forward has run before
+    assert set(gpu_timing.device_seconds(providers, "whole", make_inputs(), Clock("cpu")).values()) == {None}
+
+
 def test_renewed_leaves_share_memory_and_leave_weights_alone():
     x, weight = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     given = Inputs((x, None), {"x": x, "weight": weight}, torch.randn(3))

@@ -239,6 +239,19 @@ def test_known_copies_are_timed_right(one_thread):
     assert 0.2 < rate < 1000  # GB/s: no memory is further off
 
 
+def test_long_calls_have_no_trial():
+    calls = []
+
+    def slow(x: Tensor, weight: Tensor) -> Tensor:
+        calls.append(1)
+        return square(x, weight)
+
+    settings = Settings(min_rounds=3, max_time=100.0, min_time=0)
+    rows = run({"eager": slow}, modes=("forward",), settings=settings)["forward"]
+    assert rows["eager"]["rounds"] == 3 and rows["eager"]["calls"] == 1
+    assert len(calls) == 1 + 3 + 1  # the check, the rounds, the memory
+
+
 def test_memory_at_its_height():
     def temporary(x: Tensor, weight: Tensor) -> Tensor:
         return x * x * weight + torch.zeros(1 << 18).sum()
@@ -264,7 +277,11 @@ def test_the_host_is_timed_beside_a_device(monkeypatch):
         return 7
 
     cuda = torch.device("cuda")
-    assert harness._beside(queue, lambda: "prepared", cuda, lambda: clock[0]) == {"peak_bytes": 7, "host_s": 0.25}
+    assert harness._beside(queue, lambda: "prepared", cuda, lambda: clock[0]) == {
+        "peak_bytes": 7,
+        "host_s": 0.25,
+        "device_s": None,  # measured apart, of all providers in turns
+    }
     assert len(waits) == 5
 
 

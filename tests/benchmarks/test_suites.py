@@ -46,6 +46,8 @@ def interrupted(x):
 
 @pytest.mark.parametrize("name", NAMES)
 def bench_square(compare, bench_device, name):
+    if name == "unmade":
+        raise RuntimeError("cannot be made")
     def inputs():
         x = torch.randn(8, 8, requires_grad=True)
         return Inputs((x,), {"x": x}, torch.randn(8, 8))
@@ -101,17 +103,22 @@ def test_right_providers_exit_zero_with_table_rows_and_pytest_benchmarks_json(tm
 
 
 def test_a_wrong_provider_prints_failed_and_exits_non_zero(tmp_path):
-    result, made = bench(tmp_path, ["wrong", "crashes", "right"])
+    result, made = bench(tmp_path, ["unmade", "wrong", "crashes", "right"], report=True)
     assert result.returncode == 1, result.stdout + result.stderr
     states = {(r["case"]["name"], r["mode"], r["provider"]): r for r in made if r["kind"] == "time"}
-    assert len(states) == 3 * 2 * 3  # the run went on
+    assert len(states) == 3 * 2 * 3 + 1  # the run went on
+    unmade, timed = states["unmade", "case", "all"], states["right", "both", "ours"]
+    assert unmade["status"] == "error" and unmade["reason"] == "RuntimeError: cannot be made"
+    assert unmade.keys() == timed.keys()
+    (page,) = tmp_path.rglob("report.html")
+    assert "RuntimeError: cannot be made" in page.read_text()
     for mode in ("forward", "both"):
         assert states["wrong", mode, "ours"]["status"] == "FAILED"
         assert states["wrong", mode, "ours"]["median_s"] is None
         assert states["crashes", mode, "ours"]["status"] == "error"
         assert states["right", mode, "ours"]["status"] == "ok"
     assert "FAILED: y: relative L2 error" in result.stdout
-    assert "4 of 18 rows are wrong or broken" in result.stdout
+    assert "5 of 19 rows are wrong or broken" in result.stdout
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path):
@@ -127,6 +134,13 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path):
     )
     assert told in result.stdout
     assert not list(tmp_path.rglob("report.html"))
+
+
+def test_a_file_of_long_cases_says_how_to_run_them():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "benchmarks", "--op", "compile_time", "--no-save"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 5 and "--set full" in result.stdout
 
 
 def test_list_and_bad_arguments(capsys):

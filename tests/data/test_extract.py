@@ -84,7 +84,7 @@ def test_every_picture_once_in_order(tmp_path: Path, tars: Path, sides, batch_si
         wanted = side.model.conv(inputs).flatten(2).transpose(1, 2)
         assert float((features - wanted).abs().max()) <= 1e-4
     assert [row.source for row in read_index(tmp_path / "out")][3:5] == ["00000.tar", "00001.tar"]
-    assert sorted(os.listdir(tmp_path / "out"))[2:] == [f"shard_0000{i}.safetensors" for i in range(3)]
+    assert sorted(os.listdir(tmp_path / "out"))[2:] == [f"shard-0000{i}.safetensors" for i in range(3)]
     assert len(EmbeddingDataset(tmp_path / "out", split="train")) == 10
 
 
@@ -110,10 +110,10 @@ def test_whole_shards_are_kept(tmp_path: Path, tars: Path, sides) -> None:
     assert (result.pictures, result.reused) == (0, 11)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
     assert sides[0].model.pictures == 11
-    (tmp_path / "out" / "shard_00001.safetensors").unlink()
+    (tmp_path / "out" / "shard-00001.safetensors").unlink()
     result = run(tars, tmp_path / "out", sides)
     assert (result.pictures, result.reused) == (4, 7)
-    (tmp_path / "out" / "shard_00000.safetensors").write_bytes(b"junk")
+    (tmp_path / "out" / "shard-00000.safetensors").write_bytes(b"junk")
     assert run(tars, tmp_path / "out", sides).pictures == 4
     assert read_shards(tmp_path / "out").keys == [f"k{i}" for i in range(11)]
 
@@ -185,7 +185,7 @@ def test_very_many_skipped_members_are_counted(tmp_path: Path, sides, monkeypatc
     for _ in range(2):
         result = run(tmp_path / "tars", tmp_path / "out", sides)
         assert (len(result.skipped), len(result.skipped.reasons)) == (5, 3)
-    with safe_open(tmp_path / "out" / "shard_00000.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "out" / "shard-00000.safetensors", framework="pt") as file:
         header = file.metadata()
     assert len(json.loads(header["skipped"])) == 3 and header["skipped_unnamed"] == "2"
     assert "5 skipped" in str(result) and str(result).endswith("; and 2 more")
@@ -313,7 +313,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path, tars: Path, sides) -> None:
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert time.monotonic() - start < 20
     names = os.listdir(tmp_path / "out")
-    assert "shard_00000.safetensors" in names and not [name for name in names if name.startswith(".")]
+    assert "shard-00000.safetensors" in names and not [name for name in names if name.startswith(".")]
     assert len(read_shards(tmp_path / "out").keys) == 4
     assert run(tars, tmp_path / "out", sides).reused == 4
 

@@ -53,9 +53,9 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     folder = write(tmp_path / "e")
     before = fingerprint(folder)
     assert fingerprint(folder.rename(tmp_path / "moved")) == before
-    shard = tmp_path / "moved" / "shard_00001.safetensors"
+    shard = tmp_path / "moved" / "shard-00001.safetensors"
     tensors = load_file(shard)
-    tensors["condition"][3, 0, 0] += 1
+    tensors["eva"][3, 0, 0] += 1
     save_file(tensors, shard)
     changed = fingerprint(tmp_path / "moved")
     index = tmp_path / "moved" / "index.jsonl"
@@ -68,23 +68,23 @@ def test_bad_files_are_named(tmp_path):
     for split, eval_split, message in (("test", 0.1, "split: got 'test'"), ("eval", 0.01, "'eval' of the 50 pictures")):
         with pytest.raises(ValueError, match=message):
             open_conditions(folder, split=split, eval_split=eval_split)
-    shard = folder / "shard_00001.safetensors"
+    shard = folder / "shard-00001.safetensors"
     tensors = load_file(shard)
-    save_file(tensors | {"condition": tensors["condition"].clone().index_fill_(0, torch.tensor(3), torch.nan)}, shard)
+    save_file(tensors | {"eva": tensors["eva"].clone().index_fill_(0, torch.tensor(3), torch.nan)}, shard)
     reader = open_conditions(folder)
     reader.read(0, 23)
-    with pytest.raises(ValueError, match=r"shard_00001\.safetensors: condition has NaN or Inf in row 3"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: condition has NaN or Inf in row 3"):
         reader.read(20, 30)
-    save_file({"condition": tensors["condition"][:5].clone(), "target": tensors["target"]}, shard)
+    save_file({"eva": tensors["eva"][:5].clone(), "clip": tensors["clip"]}, shard)
     with pytest.raises(ValueError, match=r"condition is F32 \[5, 4, 6\]; meta\.json and index\.jsonl say \[20, 4, 6\]"):
         open_conditions(folder).read(20, 30)
     shard.write_bytes(b"torn")
     with pytest.raises(ValueError, match="has no whole condition"):
         open_conditions(folder).read(0, 30)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard_00001\.safetensors: no such file, but .* lists pictures of it"):
+    with pytest.raises(FileNotFoundError, match=r"shard-00001\.safetensors: no such file, but .* lists pictures of it"):
         open_conditions(folder)
     index = folder / "index.jsonl"
     index.write_text(index.read_text().replace('"row": 7', '"row": 6'))
-    with pytest.raises(ValueError, match=r"rows of shard_00000\.safetensors are not 0\.\.19, each once"):
+    with pytest.raises(ValueError, match=r"rows of shard-00000\.safetensors are not 0\.\.19, each once"):
         open_conditions(folder)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip3o_fast.data import shards
+from blip3o_fast.data.reader import open_conditions
 from blip3o_fast.data.shards import EncoderInfo, Meta, ShardWriter, read_index, read_meta, read_shards, shard_name
 
 META = Meta(
@@ -42,11 +43,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read.captions[0] == 'caption "0-0"\n🐸'
     assert read.meta == META
     found = sorted(os.listdir(tmp_path / "new" / "folder"))
-    assert found == ["index.jsonl", "meta.json", "shard_00000.safetensors", "shard_00001.safetensors"]
+    assert found == ["index.jsonl", "meta.json", "shard-00000.safetensors", "shard-00001.safetensors"]
     assert [asdict(row) for row in read_index(tmp_path / "new" / "folder")][3] == {
         "key": "1-0",
         "caption": 'caption "1-0"\n🐸',
-        "shard": "shard_00001.safetensors",
+        "shard": "shard-00001.safetensors",
         "row": 0,
         "source": "00001.tar",
     }
@@ -56,10 +57,23 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_half_precision_is_kept_on_disk_and_read_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     condition, target = features(2)
     ShardWriter(tmp_path, META).write(0, condition.to(dtype), target.to(dtype), ["a", "b"], ["", ""], "x")
-    assert load_file(tmp_path / shard_name(0))["condition"].dtype == dtype
+    assert load_file(tmp_path / shard_name(0))["eva"].dtype == dtype
     read = read_shards(tmp_path)
     assert read.condition.dtype == torch.float32
     assert torch.equal(read.condition, condition.to(dtype).float())
+
+
+def test_shards_of_older_versions_are_read(tmp_path: Path) -> None:
+    condition, target = make(tmp_path)
+    for path in sorted(tmp_path.glob("shard-*")):
+        old = {"condition": load_file(path)["eva"], "target": load_file(path)["clip"]}
+        save_file(old, tmp_path / path.name.replace("-", "_"))
+        path.unlink()
+    index = tmp_path / "index.jsonl"
+    index.write_text(index.read_text().replace("shard-", "shard_"))
+    read = read_shards(tmp_path)
+    assert torch.equal(read.condition, condition) and torch.equal(read.target, target)
+    assert torch.equal(open_conditions(tmp_path).read(1, 4), condition[1:4])
 
 
 def test_both_sides_may_be_one_tensor(tmp_path: Path) -> None:
@@ -123,11 +137,11 @@ def test_a_truncated_shard_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / shard_name(1)
     path.write_bytes(path.read_bytes()[:-5])
     assert ShardWriter(tmp_path, META).header(shard_name(1)) is None
-    with pytest.raises(ValueError, match=r"shard_00001\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: not a whole safetensors file"):
         read_shards(tmp_path)
     path.unlink()
     assert ShardWriter(tmp_path, META).header(shard_name(1)) is None
-    with pytest.raises(FileNotFoundError, match=r"shard_00001\.safetensors: no such file, but the index lists 2"):
+    with pytest.raises(FileNotFoundError, match=r"shard-00001\.safetensors: no such file, but the index lists 2"):
         read_shards(tmp_path)
 
 
@@ -150,7 +164,7 @@ def test_dropping_shards(tmp_path: Path) -> None:
     make(tmp_path)
     ShardWriter(tmp_path, META).drop([shard_name(0)])
     assert read_shards(tmp_path).keys == ["1-0", "1-1"]
-    assert sorted(os.listdir(tmp_path)) == ["index.jsonl", "meta.json", "shard_00001.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["index.jsonl", "meta.json", "shard-00001.safetensors"]
 
 
 def test_bad_features_are_not_written(tmp_path: Path) -> None:
@@ -165,7 +179,11 @@ def test_bad_features_are_not_written(tmp_path: Path) -> None:
 
     refused("condition has NaN or Inf in row 1", bad, target)
     refused(r"target has the shape \(2, 4, 6\); \[n, 4, 3\] is needed", condition, condition)
-    refused("condition is torch.float64; allowed are float32, float16, bfloat16", condition.double(), target)
+    refused(
+        "condition is torch.float64; allowed are torch.float32, torch.float16, torch.b",
+        condition.double(),
+        target,
+    )
     refused(r"\(2, 2, 1, 1\) conditions, targets, keys", condition, target, ("a",))
     assert os.listdir(tmp_path) == ["meta.json"]
 
@@ -189,11 +207,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
     refused("index.jsonl, line 6: not JSON")
     index.write_text(good + '{"key": "a"}\n')
     refused('index.jsonl, line 6: found {"key": "a"}; needed are key, caption, shard, row, source')
-    for name in ("../secret.safetensors", "/etc/passwd", "shard_0.safetensors", "shard_00000.pkl"):
+    for name in ("../secret.safetensors", "/etc/passwd", "shard_0.safetensors", "shard-00000.pkl"):
         index.write_text(json.dumps({**json.loads(lines[0]), "shard": name}) + "\n")
-        refused("shard_00000.safetensors is allowed")
+        refused("shard-00000.safetensors is allowed")
     index.write_text("\n".join([lines[0], *lines]) + "\n")
-    refused(r"rows of shard_00000.safetensors are not 0..3, each once")
+    refused(r"rows of shard-00000.safetensors are not 0..3, each once")
     index.write_text("\n".join(lines[:2]) + "\n")
     refused("condition has 3 pictures; the index lists 2")
     index.write_text(good)
@@ -202,7 +220,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
         save_file(tensors, path)
 
     put(condition=condition[:3])
-    refused(r"holds the tensors \['condition'\]; exactly condition and target")
+    refused(r"holds the tensors \['condition'\]; eva and clip \(or condition and target")
     put(condition=condition[:3], target=target[:3], more=target[:3].clone())
     refused("'more', 'target'")
     put(condition=condition[:3], target=target[:2])

@@ -127,3 +127,17 @@ BAD = [
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(pair()[0])
+
+
+def test_features_that_fill_few_dimensions_keep_their_distance_and_only_those_rows():
+    # The same Gaussians in 5 dimensions and, turned, in 96: an isometry.
+    first, second = torch.randn(300, 5, dtype=torch.float64), 2 * torch.randn(200, 5, dtype=torch.float64) + 1
+    basis = torch.linalg.qr(torch.randn(96, 5, dtype=torch.float64)).Q
+    wide = [metrics.Gaussian.fit(x @ basis.T) for x in (first, second)]
+    assert all(5 <= len(gaussian.root) <= 10 for gaussian in wide)
+    assert wide[0].distance(wide[1]) == pytest.approx(metrics.frechet_distance(first, second), rel=1e-10)
+    # Nothing varies at all: the distance of the means, and what the other set varies.
+    still = metrics.Gaussian.fit(torch.ones(7, 5, dtype=torch.float64))
+    spread = float(first.var(0).sum() + (first.mean(0) - 1).square().sum())
+    assert still.distance(metrics.Gaussian.fit(first)) == pytest.approx(spread, rel=1e-12)
+    assert still.distance(still) == 0

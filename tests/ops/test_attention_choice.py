@@ -115,7 +115,7 @@ def test_scopes_nest_and_end(computed):
     with use_backend("reference"):
         attend()
     assert computed == ["reference", "sdpa", "reference"]
-    assert ATTENTION.use_attention.active == "auto"
+    assert ATTENTION.use_attention.state.active == "auto"
 
 
 def test_without_a_scope_it_lasts(computed):

@@ -297,12 +297,12 @@ def test_the_whole_network(install, name):
     ],
 )
 def test_what_is_not_installed_is_refused_at_the_door(name, module, install_by):
-    before = use_attention.active
+    before = use_attention.state.active
     with pytest.raises(
         ImportError, match=f"'{name}' is not available: .*{module}.*{install_by}.*here work: auto, sdpa$"
     ):
         use_attention(name)
-    assert use_attention.active == before
+    assert use_attention.state.active == before
     assert module in attention_implementations()[name]
 
 

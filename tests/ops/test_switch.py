@@ -9,13 +9,13 @@ from blip3o_fast.ops import rms_norm_modulate, use_attention, use_backend
 def test_blocks_nest_and_end():
     with use_backend("reference"):
         with use_backend("cpu"):
-            assert use_backend.active == "cpu"
-        assert use_backend.active == "reference"
+            assert use_backend.state.active == "cpu"
+        assert use_backend.state.active == "reference"
         with pytest.raises(KeyError), use_backend("cpu"):
             raise KeyError
-        assert use_backend.active == "reference"
-    assert use_backend.active == "auto"
-    assert use_attention.active == "auto", "each setting has a value of its own"
+        assert use_backend.state.active == "reference"
+    assert use_backend.state.active == "auto"
+    assert use_attention.state.active == "auto", "each setting has a value of its own"
 
 
 def test_a_compiled_graph_is_not_reused_under_another_value():

@@ -1,6 +1,7 @@
 """Small embeddings with a learnable relation, and a network that trains on them in milliseconds."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +72,8 @@ def trainer_for(output: Path, model: nn.Module | None = None, **changes: Any) ->
     conditions, targets = make_embeddings()
     steps = changes.pop("max_steps", 8)
     changes = {"batch_size": 4, "learning_rate": 1e-2, "save_steps": 4, "logging_steps": 2, "eval_steps": 4} | changes
-    settings = TrainSettings("unused", output, max_steps=steps, warmup_steps=2, **changes)
+    changes = {"warmup_steps": 2} | changes
+    settings = TrainSettings("unused", output, max_steps=steps, **changes)
     args = training_arguments(settings, total_steps=steps, on_cpu=True, evaluates=True)
     trainer = BLIP3oTrainer(
         model,
@@ -82,12 +84,56 @@ def trainer_for(output: Path, model: nn.Module | None = None, **changes: Any) ->
         validation=Validation(conditions[40:], targets[40:], model.config),
         ema_decay=settings.ema_decay,
         linear_loss=1.0,
+        init_optimizer=settings.init_optimizer,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.stop = StopRequest()
     trainer.add_callback(StepCallback(trainer, trainer.stop, settings.save_total_limit))
     trainer.add_callback(MetricsFile(output / "metrics.jsonl"))
     return trainer
+
+
+# ---- diffusers' own network, the oracle ------------------------------------------------------------------------------
+
+STOCK_SIZES = {"sample_size": 4, "in_channels": 6, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2,
+         "multiple_of": 8, "cross_attention_dim": 12}  # fmt: skip
+
+
+def stock_network() -> nn.Module:
+    """diffusers' LuminaNextDiT2DModel with `STOCK_SIZES`, its gates open."""
+    from diffusers import LuminaNextDiT2DModel
+
+    network = LuminaNextDiT2DModel(**STOCK_SIZES, patch_size=1, num_kv_heads=2, learn_sigma=False)
+    with torch.no_grad():
+        network.pad_token.zero_()  # stock leaves uninitialised memory
+        for name, parameter in network.named_parameters():
+            if name.endswith("gate"):
+                parameter.add_(0.3)  # zero hides half of the network
+    return network
+
+
+class AsSequence(nn.Module):
+    """Stock's network called as ours: [B, T, C] in and out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+        super().__init__()
+        self.network = network
+        self.rope = get_2d_rotary_pos_embed_lumina(8, 384, 384)
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        batch, tokens, channels = x.shape
+        image = x.transpose(1, 2).reshape(batch, channels, 4, 4)
+        mask = torch.ones(context.shape[:2], dtype=torch.bool)
+        out = self.network(image, timestep, context, mask, self.rope, {}).sample
+        return out.reshape(batch, channels, tokens).transpose(1, 2)
+
+
+@pytest.fixture
+def stock() -> SimpleNamespace:
+    """network(): diffusers' own; as_sequence(network): called as ours; sizes; data: conditions and targets."""
+    return SimpleNamespace(network=stock_network, as_sequence=AsSequence, sizes=STOCK_SIZES, data=make_embeddings())
 
 
 @pytest.fixture

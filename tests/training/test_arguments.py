@@ -37,6 +37,14 @@ BAD = [
     ({"normalize": "pca"}, r"normalize: got 'pca'"),
     ({"normalize": "pca:4", "normalize_embeddings": True}, r"--normalize_embeddings means --normalize l2"),
     ({"timestep_sampling": "lognormal"}, r"lognormal"),
+    ({"warmup_steps": 5, "warmup_ratio": 0.1}, r"--warmup_steps and --warmup_ratio exclude each other"),
+    ({"warmup_ratio": 2}, r"--warmup_ratio must be a number >= 0 and <= 1, got 2"),
+    ({"min_learning_rate": 1.0}, r"--min_learning_rate must be a number >= 0 and <= 0.0001, got 1.0"),
+    ({"min_learning_rate": 1e-5, "lr_scheduler": "linear"}, r"--min_learning_rate belongs to --lr_scheduler cosine"),
+    ({"loss_weighting": "snr"}, r"--loss_weighting must be one of none, sigma_sqrt, cosmap, got 'snr'"),
+    ({"loss_weighting": "cosmap", "regularization_weight": 0.1}, r"exclude each other"),
+    ({"backend": "tritn"}, r"--backend must be one of auto, reference, triton, cuda, cpu, got 'tritn'"),
+    ({"attention_backend": "x"}, r"--attention_backend must be one of auto, sdpa, "),
     ({"fp16": True, "bf16": True}, r"--fp16 and --bf16 exclude each other"),
 ]
 
@@ -58,6 +66,8 @@ def test_debug_makes_a_small_run():
     assert (small.subset_size, small.num_epochs, small.logging_steps) == (1000, 2, 10)
     assert (small.save_steps, small.eval_steps, small.no_wandb) == (100, 100, True)
     assert settings(debug=True, subset_size=50).subset_size == 50
+    assert small.preset == "small"
+    assert settings(debug=True, num_layers=3).preset is None and settings(debug=True, preset="tiny").preset == "tiny"
 
 
 def test_the_originals_normalisation_flag():

@@ -75,3 +75,23 @@ def test_bad_input_is_named(tmp_path):
         EMA(nn.Linear(2, 2, bias=False), 0.9).load(tmp_path)
     with pytest.raises(ValueError, match=r"weight is \[2, 2\], the model has \[2, 3\]"):
         EMA(nn.Linear(3, 2), 0.9).load(tmp_path)
+
+
+def test_an_update_is_one_foreach_pass():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "detach" not in str(func):
+                self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    ema = EMA(model, 0.9)
+    with Count() as count:
+        ema.update(model)
+    assert count.seen == ["aten._foreach_lerp_.Scalar"]

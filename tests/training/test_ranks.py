@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_fast.training import checkpoints
+from blip3o_fast.training.clock import MEASURED
 
 
 def launch(embeddings, output, processes, batch_size):
@@ -41,8 +42,10 @@ def test_two_ranks_draw_log_and_end_like_one(embeddings, tmp_path):
     assert [entry["step"] for entry in entries[1]] == [entry["step"] for entry in entries[0]]
     for one, two in zip(*entries, strict=True):
         # snr_db is a logarithm of a mean over the batch, so it is not the mean of its parts.
-        for name in set(one) - {"seconds", "samples_per_second", "snr_db"}:
+        for name in set(one) - MEASURED - {"snr_db"}:
             assert abs(one[name] - two[name]) <= 1e-5 * abs(one[name]) + 1e-7, name
+    for entry in (entry for entry in entries[1] if "loss" in entry):
+        assert entry["slowest_rank"] in (0, 1) and 0 < entry["step_seconds"] <= entry["step_seconds_max"]
     first, second = (load_file(folder / "model.safetensors") for folder in (alone, together))
     assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-5
     assert json.loads((together / "run.json").read_text())["status"] == "finished"

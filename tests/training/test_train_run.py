@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_fast.models.nextdit import BLIP3oDiT
-from blip3o_fast.training import checkpoints, prepare, resume, run
+from blip3o_fast.training import checkpoints, prepare, report_plots, resume, run
 from blip3o_fast.training.arguments import TrainSettings
 from blip3o_fast.training.run import train
 from blip3o_fast.training.yardstick_lines import yardstick_for
@@ -27,6 +27,13 @@ def settings(embeddings, tmp_path):
         return TrainSettings(embeddings, tmp_path / "run", **SMALL | changes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def figures_of_reports(monkeypatch):
+    """Most runs here do without their report's figures, which take longer than they; `finished` has them."""
+    for name in ("levels", "quality", "health"):
+        monkeypatch.setattr(report_plots, name, lambda *args: b"")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,10 @@ def test_a_finished_run_is_a_model_with_its_history(finished):
     assert last["step"] == 6 and last["eval_recall_at_1_chance"] == 0.25
     wanted = {"eval_loss_over_linear", "eval_loss_sigma_0.06", "eval_token_cosine", "eval_recall_at_1"}
     assert wanted <= set(last) and result["eval_loss"] == last["eval_loss"]
+    assert {"eval_recall_at_10_ridge", "eval_frechet_distance_mean_embedding"} <= set(last)
+    # The report names the held-out pictures by their keys.
+    report = (output / "report.html").read_text()
+    assert "picture_" in report and report.count("data:image/png") == 4 and "mfu" in entries[0]
 
 
 def test_the_yardstick_is_in_step_with_the_evaluation(finished):
@@ -309,8 +320,6 @@ def test_bad_input_is_named_before_anything_is_written(settings, tmp_path, monke
     missing.embeddings_path = tmp_path / "nowhere"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(missing)
-    with pytest.raises(ValueError, match="--fp16 needs a GPU: on a CPU the Trainer would silently train in fp32"):
-        train(settings(fp16=True))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA device"):
             train(settings(device="cuda"))
@@ -321,6 +330,8 @@ def test_bad_input_is_named_before_anything_is_written(settings, tmp_path, monke
     wrong.output_dir = tmp_path / "file"
     with pytest.raises(ValueError, match="is a file; a folder is needed"):
         train(wrong)
+    with pytest.raises(ValueError, match="--profile_steps 7:9: the run has only 6 steps"):
+        train(settings(profile_steps="7:9"))
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"training needs transformers: pip install .*\[train\]"):
         train(settings())

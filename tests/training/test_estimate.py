@@ -1,0 +1,68 @@
+"""The estimate of what a run needs: against what a step really keeps, and the refusal where it is too much."""
+
+import pytest
+import torch
+
+from blip3o_fast.models.config import BLIP3oConfig
+from blip3o_fast.models.nextdit import BLIP3oDiT
+from blip3o_fast.models.peak import peak_bytes
+from blip3o_fast.training import estimate
+from blip3o_fast.training.arguments import TrainSettings
+from blip3o_fast.training.run import train
+
+CPU = torch.device("cpu")
+CONFIG = BLIP3oConfig.preset("small", num_layers=3, cross_attention_dim=96)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_forward_keeps(checkpointing):
+    settings = TrainSettings("e", "o", batch_size=6, gradient_checkpointing=checkpointing)
+    found = estimate.needs(settings, CONFIG, 0, 64)
+    model = BLIP3oDiT(CONFIG).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    x, time, condition = torch.randn(6, 64, 64), torch.rand(6) * 1000, torch.randn(6, 64, 96)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+    def step() -> None:
+        model(x, time, condition).square().mean().backward()
+
+    step()  # gradients are there from now on
+    peak = peak_bytes(step, CPU)
+    assert 0.7 * peak < found.activations < 1.4 * peak
+
+
+def test_what_does_not_fit_is_refused_with_the_preset_that_does(embeddings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 1 << 30)
+    flags = {"batch_size": 4, "progress": False, "max_steps": 1, "no_wandb": True}
+    with pytest.raises(ValueError, match="this run needs about .* GB and this machine has 1.0 GB free") as error:
+        train(TrainSettings(embeddings, tmp_path / "run", **flags))
+    assert "--preset small would fit; --force begins anyway" in str(error.value)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 1 << 10)
+    with pytest.raises(ValueError, match="no preset fits with this --batch_size"):
+        train(TrainSettings(embeddings, tmp_path / "run", preset="tiny", **flags))
+    done = train(TrainSettings(embeddings, tmp_path / "run", preset="tiny", force=True, **flags))
+    assert done["status"] == "finished"
+
+
+def test_a_machine_says_what_is_free():
+    found = estimate.available_bytes(CPU)
+    assert found is None or 1 << 20 < found < 1 << 45
+
+
+def test_a_dry_run_prints_the_plan(embeddings, tmp_path, capsys):
+    settings = TrainSettings(embeddings, tmp_path / "run", preset="tiny", batch_size=4, dry_run=True, save_steps=50)
+    assert train(settings)["status"] == "dry run"
+    text = capsys.readouterr().out
+    for word in ("memory      about", "s a step here", "disk        up to", "MB/s of half-precision features"):
+        assert word in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_on_a_cpu_warns_and_trains_in_fp32(embeddings, tmp_path, capsys):
+    settings = TrainSettings(embeddings, tmp_path / "run", preset="tiny", batch_size=4, fp16=True, device="cpu",
+                             max_steps=1, no_wandb=True, progress=False)  # fmt: skip
+    assert train(settings)["status"] == "finished"
+    text = capsys.readouterr().out
+    assert "--fp16 has no effect on a CPU" in text and "--bf16 is real" in text and "fp32 (neither" in text
