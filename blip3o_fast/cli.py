@@ -16,12 +16,13 @@ from blip3o_fast import __version__, env
 from blip3o_fast.cli_bench import bench
 from blip3o_fast.cli_download import download
 from blip3o_fast.cli_export import export
+from blip3o_fast.cli_extract import extract
 from blip3o_fast.cli_features import convert, inspect
 from blip3o_fast.cli_interpolate import interpolate
 from blip3o_fast.cli_train import train
 from blip3o_fast.cli_try import try_pictures
 from blip3o_fast.cli_tune_sampler import tune_sampler
-from blip3o_fast.cli_verbs import compare, demo, evaluate, extract, sample, show_env, warmup
+from blip3o_fast.cli_verbs import compare, demo, evaluate, sample, show_env, warmup
 
 # A mistyped command line. typer brings its own copy of click or uses an installed one, and exports no name for this.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_expected(error: Exception) -> bool:
     """Whether the error is a refusal with a message for the user; anything else is a defect and keeps its traceback."""
-    refusals = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, UsageError)
+    refusals = (ValueError, OSError, ImportError, FloatingPointError, UsageError)
     return isinstance(error, refusals) or type(error).__module__.startswith("blip3o_fast.")
 
 

@@ -61,6 +61,10 @@ def train(
     gradient_checkpointing: Annotated[
         bool, option("gradient_checkpointing", NETWORK, "Recompute the blocks in backward: less memory, slower.")
     ] = False,
+    checkpointing_mode: Annotated[
+        str,
+        option("checkpointing_mode", NETWORK, "With --gradient_checkpointing: block, or selective (cheap ops only)."),
+    ] = "block",
     num_epochs: Annotated[float, option("num_epochs", OPTIMISATION, "Passes over the training split.")] = 10,
     max_steps: Annotated[int | None, option("max_steps", OPTIMISATION, "Steps; wins over --num_epochs.")] = None,
     batch_size: Annotated[int, option("batch_size", OPTIMISATION, "Samples per device and step.")] = 32,
@@ -117,6 +121,15 @@ def train(
         bool, option("normalize_embeddings", DATA, "The original's flag: the same as --normalize l2.")
     ] = False,
     num_workers: Annotated[int, option("num_workers", DATA, "Processes that load data.")] = 0,
+    loading: Annotated[
+        str, option("loading", DATA, "memory, stream (shards, block shuffle), or auto: stream above 4 GiB.")
+    ] = "auto",
+    split: Annotated[
+        str, option("split", DATA, "random (the original's), hash (of keys: stable when data is added), or auto.")
+    ] = "auto",
+    on_bad_shard: Annotated[
+        str, option("on_bad_shard", DATA, "stop, or skip and count; where shards are streamed.")
+    ] = "stop",
     logging_steps: Annotated[int, option("logging_steps", LOGGING, "Steps between log lines.")] = 100,
     save_steps: Annotated[int, option("save_steps", LOGGING, "Steps between checkpoints.")] = 1000,
     eval_steps: Annotated[int, option("eval_steps", LOGGING, "Steps between evaluations.")] = 1000,

@@ -28,68 +28,6 @@ def show_env() -> None:
     typer.echo(env.report(), nl=False)
 
 
-def extract(
-    images: Annotated[
-        list[str] | None,
-        option("images", "A folder of pictures or of tars, a tar, or hf:DATASET; repeatable. The folder data."),
-    ] = None,
-    output_dir: Annotated[Path, option("output_dir", "The folder of shards; made, or continued.")] = Path("embeddings"),
-    condition_encoder: Annotated[
-        str, option("condition_encoder", "The network whose features condition the model.")
-    ] = "eva-clip-8b",
-    target_encoder: Annotated[
-        str, option("target_encoder", "The network whose features are generated.")
-    ] = "clip-vit-l-14",
-    tower: Annotated[
-        str,
-        option(
-            "tower", "projected (into CLIP's joint space) or hidden (the last layer); the first there is.", "Encoders"
-        ),
-    ] = "",
-    batch_size: Annotated[
-        int | None, option("batch_size", "Pictures per forward pass; 4 on a CPU, 64 on a GPU.")
-    ] = None,
-    workers: Annotated[int | None, option("workers", "Threads; as many as cores.")] = None,
-    device: Annotated[str, option("device", "auto, cpu, cuda or cuda:1.")] = "auto",
-    dtype: Annotated[str, option("dtype", "On disk: float32, float16 or bfloat16.")] = "float32",
-    format: Annotated[str, option("format", "shards, or pickle to write the original's file as well.")] = "shards",
-    limit: Annotated[int | None, option("limit", "At most so many pictures of each source.")] = None,
-    overwrite: Annotated[
-        bool, option("overwrite", "Drop what the folder holds of other encoders or pictures.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, option("trust_remote_code", "Let an encoder run the Python code of its hub repository.", "Encoders")
-    ] = False,
-    condition_revision: Annotated[
-        str, option("condition_revision", "Commit of the condition encoder's repository.", "Encoders")
-    ] = "",
-    target_revision: Annotated[
-        str, option("target_revision", "Commit of the target encoder's repository.", "Encoders")
-    ] = "",
-    quiet: Annotated[
-        bool, option("quiet", "No progress bar; there is none anyway where the output is no terminal.")
-    ] = False,
-) -> None:
-    """Turn pictures into embeddings: 64 tokens of two pretrained networks per picture.
-
-    A caption is the first line of the .txt beside a picture. Interrupted, the same command continues.
-
-    Examples:
-
-      blip3o-fast extract
-
-      blip3o-fast extract --images pictures --output_dir runs/embeddings --condition_encoder efficientnet-lite0
-      --target_encoder efficientnet-lite2
-
-      blip3o-fast extract --images "hf:FOLDER?split=train&image=image&caption=text" --output_dir clip
-      --condition_encoder eva02-clip-l-14 --target_encoder clip-vit-l-14 --tower hidden
-    """
-    given = locals() | {"quiet": quiet or None}
-    from blip3o_fast.data.extract import extract as run_extraction
-
-    typer.echo(run_extraction(**given))
-
-
 def sample(
     model: Annotated[str, option("model", "A run's folder, a checkpoint's folder or a hub name.")],
     embeddings_path: Annotated[Path, option("embeddings_path", "The embeddings whose conditions are sampled.")],

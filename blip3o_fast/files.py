@@ -16,5 +16,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)  # a write to a full disk does not say of which file
+        raise
     finally:
         beside.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ LAYERS = {
         "cli_bench",
         "cli_download",
         "cli_export",
+        "cli_extract",
         "cli_features",
         "cli_interpolate",
         "cli_train",
@@ -44,6 +45,7 @@ LAYERS = {
     "cli_bench": {"cli_verbs"},
     "cli_download": {"cli_verbs", "data"},
     "cli_export": {"cli_verbs", "models", "env"},
+    "cli_extract": {"cli_verbs", "data"},
     "cli_features": {"cli_verbs", "data"},
     "cli_interpolate": {"cli_verbs", "evaluation"},
     "cli_train": {"training", "env"},
@@ -57,7 +59,7 @@ LAYERS = {
 # recorded and compiled ahead.
 ONLY = {
     ("models", "kernels"): {"_launch", "_compile"},
-    ("data", "models"): {"normalizer"},
+    ("data", "models"): {"normalizer", "normalizer_fit"},
     ("training", "evaluation"): {"metrics", "baselines"},
     ("sampling", "data"): {"dataset", "reader", "shards"},
 }

@@ -12,10 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .blocks import FeatureSet, open_features
-from .extract import DTYPES, PICKLE, write_pickle
+from .pickle_output import PICKLE, write_pickle
 from .shards import ShardWriter, shard_name
+from .stored import DTYPES
 
 FORMATS = ("shards", "pickle")
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 
 
 def convert(
@@ -40,14 +42,14 @@ def convert(
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     if type(samples_per_shard) is not int or samples_per_shard < 1:
         raise ValueError(f"--samples_per_shard must be a whole number >= 1, got {samples_per_shard!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"--dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
     features, target = open_features(source), Path(output)
     if format == "pickle":
         return _to_pickle(features, target, quiet)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--output {target} exists and is not an empty folder; choose another one")
-    return _to_shards(features, target, samples_per_shard, None if dtype is None else DTYPES[dtype], quiet)
+    return _to_shards(features, target, samples_per_shard, None if dtype is None else FLOATS[dtype], quiet)
 
 
 class _Pieces:

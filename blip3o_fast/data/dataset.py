@@ -15,6 +15,7 @@ from blip3o_fast.models.normalizer import FeatureNormalizers, parse_spec
 
 from .safe_pickle import safe_load
 from .shards import META, Features, read_shards
+from .splits import check_rule, default_rule, split_rows
 
 SPLITS = ("all", "train", "eval")
 _CONDITION, _TARGET = "eva_blip3o_embeddings", "clip_blip3o_embeddings"  # the original project's names
@@ -39,6 +40,8 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
             model's, say) is used as it is.
         subset: keep this many of the split, chosen by a second random order of the same seed.
         seed: of both random orders.
+        split_by: ``"random"`` (as above), ``"hash"`` (of each picture's key: stable when data is added), or None: what
+            the set says, `splits.default_rule`; for a pickle that is ``"random"``.
 
     ``pca:K`` exists because a token of C channels carries C-dimensional noise through every block, and the
     network must return that noise as part of the velocity: a DiT narrower than C cannot represent it. A small
@@ -63,9 +66,12 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         normalize: str | FeatureNormalizers = "none",
         subset: int | None = None,
         seed: int = 42,
+        split_by: str | None = None,
     ) -> None:
         check_arguments(split, eval_split, normalize, subset)
-        self._fill(path, _load(path), split, eval_split, normalize, subset, seed)
+        loaded = _load(path)
+        splits = _splits(path, loaded, eval_split, split_by, seed)
+        self._fill(path, loaded, split, splits, eval_split, normalize, subset, seed)
 
     @classmethod
     def splits(
@@ -76,6 +82,7 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         normalize: str | FeatureNormalizers = "none",
         subset: int | None = None,
         seed: int = 42,
+        split_by: str | None = None,
     ) -> tuple[EmbeddingDataset, EmbeddingDataset | None]:
         """The train and the eval split, reading and fitting once; eval is None where it would be empty.
 
@@ -84,10 +91,11 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         check_arguments("train", eval_split, normalize, subset)
         loaded = _load(path)
         train, held_out = cls.__new__(cls), cls.__new__(cls)
-        train._fill(path, loaded, "train", eval_split, normalize, subset, seed)
-        if int(len(loaded.keys) * eval_split) == 0:
+        splits = _splits(path, loaded, eval_split, split_by, seed)
+        train._fill(path, loaded, "train", splits, eval_split, normalize, subset, seed)
+        if len(splits[1]) == 0:
             return train, None
-        held_out._fill(path, loaded, "eval", eval_split, train.normalizer, None, seed)
+        held_out._fill(path, loaded, "eval", splits, eval_split, train.normalizer, None, seed)
         return train, held_out
 
     def _fill(
@@ -95,12 +103,13 @@ class EmbeddingDataset(Dataset[dict[str, Any]]):
         path: str | os.PathLike[str],
         loaded: _Loaded,
         split: str,
+        splits: tuple[Tensor, Tensor],
         eval_split: float,
         normalize: str | FeatureNormalizers,
         subset: int | None,
         seed: int,
     ) -> None:
-        train, held_out = split_indices(len(loaded.keys), eval_split, seed)
+        train, held_out = splits
         rows = {"train": train, "eval": held_out, "all": torch.arange(len(loaded.keys))}[split]
         if len(rows) == 0:
             raise ValueError(
@@ -158,11 +167,11 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def split_indices(count: int, eval_split: float, seed: int = 42) -> tuple[Tensor, Tensor]:
-    """Rows (int64) of the train and of the eval split of ``count`` pictures."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    cut = count - int(count * eval_split)
-    return order[:cut], order[cut:]
+def _splits(
+    path: str | os.PathLike[str], loaded: _Loaded, eval_split: float, split_by: str | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    rule = default_rule(path) if split_by is None else check_rule(split_by, "split_by")
+    return split_rows(loaded.keys, len(loaded.keys), eval_split, rule, seed)
 
 
 class _Loaded:

@@ -74,6 +74,10 @@ class Encoder:
         self.model.to(self.device)
         return self
 
+    def compile(self) -> None:
+        """Run the network through torch.compile from now on."""
+        self._grid = torch.compile(self._grid)
+
     def encode(self, pixels: Tensor) -> Tensor:
         wanted = (3, self.preprocess.size, self.preprocess.size)
         if pixels.dim() != 4 or tuple(pixels.shape[1:]) != wanted:

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .dataset import EmbeddingDataset, check_arguments, split_indices
+from .dataset import EmbeddingDataset, check_arguments
 from .shards import INDEX, META, Row, positions_by_shard, read_index, read_meta
+from .splits import default_rule, split_rows
 from .stored import StoredSide
 
 # Of a large file this much of its beginning (where safetensors keeps its table) and of its end is looked at.
@@ -56,7 +57,7 @@ def open_conditions(
     if not (Path(path) / META).is_file():
         return MemoryConditions(EmbeddingDataset(path, split=split, eval_split=eval_split), num_samples)
     index = read_index(path)
-    train, held_out = split_indices(len(index), eval_split)
+    train, held_out = split_rows((row.key for row in index), len(index), eval_split, default_rule(path))
     rows = {"train": train, "eval": held_out, "all": torch.arange(len(index))}[split][:num_samples]
     if len(rows) == 0:
         raise ValueError(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,9 @@ from torch import Tensor
 
 from blip3o_fast.files import replacing
 
-from .stored import TENSORS, StoredSide, allowed_names
+from .stored import FORMAT_VERSION, HEADER, TENSORS, StoredSide, allowed_names, check_tensor, save_sides
 
-FORMAT_VERSION = 1
 META, INDEX = "meta.json", "index.jsonl"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SHARD = re.compile(r"shard[-_][0-9]{5,9}\.safetensors")
 
 
@@ -95,29 +93,37 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-class ShardWriter:
-    """Adds shards to a folder, which it makes or continues.
+def claim_folder(folder: Path, meta: Meta, *, overwrite: bool = False) -> None:
+    """Make a folder for features described by ``meta``, or see that it holds such.
 
-    Raises ``ValueError`` where the folder already holds features of other encoders (mixing them would go
-    unnoticed until the samples are bad), unless ``overwrite``, which drops those.
+    Raises ``ValueError`` where it already holds features of other encoders (mixing them would go unnoticed until the
+    samples are bad), unless ``overwrite``, which drops those.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = read_meta(folder) if (folder / META).exists() else None
+    if found is not None and found != meta and not overwrite:
+        raise ValueError(
+            f"{folder}: holds features of {_difference(found, meta)}; choose another output folder, or overwrite"
+        )
+    if found is not None and found != meta and (folder / INDEX).exists():
+        drop_all(folder)
+    if found != meta:
+        write_text(folder / META, json.dumps(asdict(meta), indent=2) + "\n")
+
+
+def drop_all(folder: Path) -> None:
+    """Remove the shards that the index lists, and all that is said of them but meta.json."""
+    old = {row.shard for row in read_index(folder)}
+    for name in (INDEX, "manifest.json", "skipped.jsonl", *sorted(old)):
+        (folder / name).unlink(missing_ok=True)  # the index first: no description lies over shards of another kind
+
+
+class ShardWriter:
+    """Adds shards to a folder, which it makes or continues; errors as of `claim_folder`."""
 
     def __init__(self, folder: str | os.PathLike[str], meta: Meta, *, overwrite: bool = False) -> None:
         self.folder, self.meta = Path(folder), meta
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = read_meta(self.folder) if (self.folder / META).exists() else None
-        if found is not None and found != meta and not overwrite:
-            raise ValueError(
-                f"{self.folder}: holds features of {_difference(found, meta)}; "
-                "choose another output folder, or overwrite"
-            )
-        if found is not None and found != meta and (self.folder / INDEX).exists():
-            old = {row.shard for row in read_index(self.folder)}
-            (self.folder / INDEX).unlink()  # first, so that no description lies over shards of another kind
-            for name in old:
-                (self.folder / name).unlink(missing_ok=True)
-        if found != meta:
-            write_text(self.folder / META, json.dumps(asdict(meta), indent=2) + "\n")
+        claim_folder(self.folder, meta, overwrite=overwrite)
         self.rows: dict[str, list[Row]] = {}
         for row in read_index(self.folder) if (self.folder / INDEX).exists() else []:
             self.rows.setdefault(row.shard, []).append(row)
@@ -131,8 +137,8 @@ class ShardWriter:
         try:
             with safe_open(self.folder / name, framework="pt") as file:
                 count = StoredSide(file, "condition").shape[0]
-                header = dict(file.metadata() or {})
-        except (SafetensorError, OSError):
+                header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+        except (SafetensorError, OSError, ValueError):
             return None
         return header if count == len(self.rows[name]) else None
 
@@ -147,24 +153,12 @@ class ShardWriter:
         extra: Mapping[str, str] | None = None,
     ) -> Path:
         """Write shard ``number`` (condition ``[n, T, E]``, target ``[n, T, C]``), then list it in the index."""
-        from safetensors.torch import save_file
-
         name = shard_name(number)
         path = self.folder / name
-        _check_tensor(str(path), "condition", condition, self.meta.tokens, self.meta.condition.dim)
-        _check_tensor(str(path), "target", target, self.meta.tokens, self.meta.target.dim)
         if not len(condition) == len(target) == len(keys) == len(captions):
             counts = (len(condition), len(target), len(keys), len(captions))
             raise ValueError(f"{path}: {counts} conditions, targets, keys and captions; they must be as many")
-        if target.untyped_storage().data_ptr() == condition.untyped_storage().data_ptr():
-            target = target.clone()  # one encoder on both sides: safetensors refuses shared memory
-        tensors = {TENSORS["condition"]: condition.contiguous(), TENSORS["target"]: target.contiguous()}
-        beside = path.with_name(f".{name}.part")  # one name, so that killed runs do not pile up
-        try:
-            save_file(tensors, beside, metadata={"format_version": str(FORMAT_VERSION), **(extra or {})})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        save_sides(path, condition, target, self.meta, extra or {})
         self.rows[name] = [Row(k, c, name, i, source) for i, (k, c) in enumerate(zip(keys, captions, strict=True))]
         self.write_index()
         return path
@@ -196,11 +190,15 @@ def read_meta(folder: str | os.PathLike[str]) -> Meta:
 
 def read_index(folder: str | os.PathLike[str]) -> list[Row]:
     """index.jsonl of a folder, each line checked, in the order of the file."""
+    return list(iter_index(folder))
+
+
+def iter_index(folder: str | os.PathLike[str]) -> Iterator[Row]:
+    """The same line by line: a list of sixty million rows is a machine's memory."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a folder of features has {META}, {INDEX} and shards")
     wanted = {"key": str, "caption": str, "shard": str, "row": int, "source": str}
-    rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -211,8 +209,7 @@ def read_index(folder: str | os.PathLike[str]) -> list[Row]:
                 raise ValueError(f"{path}, line {number}: found {line.strip()[:120]}; needed are {', '.join(wanted)}")
             if not _SHARD.fullmatch(data["shard"]):  # a path here would read any file of the machine
                 raise ValueError(f"{path}, line {number}: shard {data['shard']!r}; shard-00000.safetensors is allowed")
-            rows.append(Row(**data))
-    return rows
+            yield Row(**data)
 
 
 @dataclass(frozen=True)
@@ -274,8 +271,8 @@ def read_shard(path: str | os.PathLike[str], meta: Meta, count: int) -> tuple[Te
             condition, target = (StoredSide(file, side)[:] for side in TENSORS)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); delete it and extract again") from error
-    _check_tensor(str(path), "condition", condition, meta.tokens, meta.condition.dim)
-    _check_tensor(str(path), "target", target, meta.tokens, meta.target.dim)
+    check_tensor(str(path), "condition", condition, meta.tokens, meta.condition.dim)
+    check_tensor(str(path), "target", target, meta.tokens, meta.target.dim)
     for name, found in (("condition", len(condition)), ("target", len(target))):
         if found != count:
             raise ValueError(f"{path}: {name} has {found} pictures; the index lists {count}")
@@ -291,18 +288,6 @@ def _encoder_info(where: str, side: str, described: Any) -> EncoderInfo:
         if type(value) is not (int if name == "dim" else str) or value == 0:
             raise ValueError(f"{where}: {side}.{name} is {value!r}; dim is a whole number >= 1, the others are text")
     return EncoderInfo(**described)
-
-
-def _check_tensor(where: str, name: str, value: Tensor, tokens: int, dim: int) -> None:
-    if value.dtype not in _FLOATS:
-        raise ValueError(f"{where}: {name} is {value.dtype}; allowed are {', '.join(map(str, _FLOATS))}")
-    if value.dim() != 3 or tuple(value.shape[1:]) != (tokens, dim):
-        raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}; [n, {tokens}, {dim}] is needed")
-    for start, chunk in enumerate(value.split(256)):
-        finite = torch.isfinite(chunk).flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            row = start * 256 + int((~finite).nonzero()[0])
-            raise ValueError(f"{where}: {name} has NaN or Inf in row {row}")
 
 
 def _difference(found: Meta, asked: Meta) -> str:

@@ -12,11 +12,17 @@ Shards of versions before 2 (``shard_00000.safetensors``) call the tensors condi
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .shards import Meta
 
 TENSORS = {"condition": "eva", "target": "clip"}
 DTYPES = {
@@ -26,6 +32,11 @@ DTYPES = {
     "int8": torch.int8,
 }
 _LEVELS = 127  # of int8 on either side of 0; -128 is left out, so that a token and its negative are stored alike
+
+
+FORMAT_VERSION = 1
+HEADER = "blip3o_fast"  # the entry of a shard's safetensors header that says where its features come from
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def tensor_name(names: Collection[str], side: str) -> str:
@@ -80,3 +91,53 @@ def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
     scale = values.abs().amax(-1) / _LEVELS
     safe = torch.where(scale > 0, scale, 1.0).unsqueeze(-1)  # a token of zeros has the scale 0 and stays zeros
     return (values / safe).round().clamp(-_LEVELS, _LEVELS).to(torch.int8), scale
+
+
+Side = Tensor | tuple[Tensor, Tensor]  # features, or int8 and its scales
+
+
+def save_sides(path: Path, condition: Side, target: Side, meta: Meta, header: Mapping[str, str]) -> None:
+    """Write one shard beside its place, and rename it there once it is on the disk.
+
+    condition ``[n, T, E]`` and target ``[n, T, C]`` must be finite and of a floating dtype, or a pair of
+    `quantize` each. Raises ``ValueError`` for other tensors, and ``OSError`` naming the file where it cannot be
+    written (a full disk): then nothing of it is left.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for side, value, dim in (("condition", condition, meta.condition.dim), ("target", target, meta.target.dim)):
+        if isinstance(value, tuple):
+            tensors[TENSORS[side]], tensors[scale_name(TENSORS[side])] = value
+        else:
+            check_tensor(str(path), side, value, meta.tokens, dim)
+            tensors[TENSORS[side]] = value.contiguous()
+    if len({value.untyped_storage().data_ptr() for value in tensors.values()}) < len(tensors):
+        tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors refuses shared memory
+    beside = path.with_name(f".{path.name}.part")  # one name, so that killed runs do not pile up
+    try:
+        about = json.dumps({"format_version": str(FORMAT_VERSION), **header}, sort_keys=True)
+        save_file(tensors, beside, metadata={HEADER: about})  # one entry: safetensors writes several in random order
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{path}: could not be written ({error}); what was finished before is whole, and the same command "
+            "continues once there is room"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_tensor(where: str, name: str, value: Tensor, tokens: int, dim: int) -> None:
+    if value.dtype not in _FLOATS:
+        raise ValueError(f"{where}: {name} is {value.dtype}; allowed are {', '.join(map(str, _FLOATS))}")
+    if value.dim() != 3 or tuple(value.shape[1:]) != (tokens, dim):
+        raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}; [n, {tokens}, {dim}] is needed")
+    for start, chunk in enumerate(value.split(256)):
+        finite = torch.isfinite(chunk).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            row = start * 256 + int((~finite).nonzero()[0])
+            raise ValueError(f"{where}: {name} has NaN or Inf in row {row}")

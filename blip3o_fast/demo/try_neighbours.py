@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blip3o_fast.data.dataset import EmbeddingDataset, split_indices
+from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.shards import read_index
+from blip3o_fast.data.splits import split_indices
 from blip3o_fast.demo.gallery import Name, directions, nearest
 from blip3o_fast.demo.try_sheet import Block, Cell
 from blip3o_fast.evaluation.metrics import token_cosine

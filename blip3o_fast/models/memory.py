@@ -33,6 +33,12 @@ def kept_values_per_token(config: Any) -> int:
     return 6 * dim + queries + projections + (2 * queries + keys) + 3 * config.ffn_dim
 
 
+def products_per_token(config: Any) -> int:
+    """Of those, what the matrix products and the attention returned: what selective checkpointing keeps."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
+    return (2 * queries + 2 * keys) + queries + 2 * config.hidden_size + 2 * config.ffn_dim
+
+
 def memory_bytes(
     model: Any,
     batch: int,
@@ -45,8 +51,9 @@ def memory_bytes(
 
     batch: B. dtype: of weights and activations; None: the model's own. context: L; None: as many as there are tokens.
     Training adds a gradient and AdamW's two moments per weight (in dtype) and the activations kept for the backward:
-    of every block, or with gradient checkpointing the input of every block and the insides of one. Not counted:
-    workspaces of the libraries, the allocator's slack, an EMA copy.
+    of every block, or with gradient checkpointing the input of every block (selective: and what its products and its
+    attention returned) and the insides of one. Not counted: workspaces of the libraries, the allocator's slack, an EMA
+    copy.
     """
     if not isinstance(batch, int) or batch < 0:
         raise ValueError(f"batch must be a whole number of samples, got {batch!r}")
@@ -67,7 +74,10 @@ def memory_bytes(
         live = tokens * (2 * config.hidden_size + 3 * config.ffn_dim)
         return size * (parameters + batch * (given + live))
     if model.gradient_checkpointing:
-        kept = config.num_layers * tokens * config.hidden_size + block
+        each = tokens * config.hidden_size
+        if model.checkpointing_mode == "selective":
+            each += tokens * products_per_token(config) + context * 2 * keys + 4 * config.hidden_size
+        kept = config.num_layers * each + block
     else:
         kept = config.num_layers * block
     if config.context_projection:

@@ -20,7 +20,7 @@ def fit_statistics(tokens: Tensor, kind: str, components: int | None) -> dict[st
         mean = _mean(tokens)
         squares = [((chunk.double() - mean) ** 2).sum(dim=0) for chunk in _chunks(tokens)]
         std = (torch.stack(squares).sum(dim=0) / tokens.shape[0]).sqrt()
-        return {"mean": mean, "std": _usable_std(std, mean)}
+        return {"mean": mean, "std": usable_std(std, mean)}
     if components is not None:
         return _fit_pca(tokens, components)
     return {}
@@ -35,7 +35,7 @@ def _mean(tokens: Tensor) -> Tensor:
     return torch.stack(sums).sum(dim=0) / tokens.shape[0]
 
 
-def _usable_std(std: Tensor, mean: Tensor) -> Tensor:
+def usable_std(std: Tensor, mean: Tensor) -> Tensor:
     """A channel that never varies is only centred: dividing would amplify its rounding noise."""
     constant = std <= 1e-7 * mean.abs() + 1e-30
     return torch.where(constant, torch.ones_like(std), std)
@@ -51,7 +51,11 @@ def _fit_pca(tokens: Tensor, components: int) -> dict[str, Tensor]:
         # about 1e-6, is far below the sampling error of any covariance) and is summed in fp64.
         centred = (chunk.double() - mean).to(tokens.dtype if tokens.dtype == torch.float64 else torch.float32)
         covariance += (centred.T @ centred).double()
-    covariance /= tokens.shape[0]
+    return pca_statistics(mean, covariance / tokens.shape[0], tokens.shape[0], components)
+
+
+def pca_statistics(mean: Tensor, covariance: Tensor, count: int, components: int) -> dict[str, Tensor]:
+    """The statistics of ``pca:K`` from the fp64 mean ``[C]`` and covariance ``[C, C]`` of ``count`` tokens."""
     if not bool(torch.isfinite(covariance).all()):
         raise ValueError("features: their covariance is not finite; look for NaN or Inf in the features")
     variance, vectors = _eigh(covariance)  # ascending
@@ -60,7 +64,7 @@ def _fit_pca(tokens: Tensor, components: int) -> dict[str, Tensor]:
     if components > rank:
         raise ValueError(
             f"normalize: 'pca:{components}' asks for {components} components, but the "
-            f"{tokens.shape[0]} tokens given vary in only {rank} directions; "
+            f"{count} tokens given vary in only {rank} directions; "
             f"K must be 1..{rank} (or give more pictures)"
         )
     basis = vectors[:, :components]

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from blip3o_fast.data.splits import default_rule
 from blip3o_fast.flow.timesteps import check_distribution
 from blip3o_fast.flow.weighting import WEIGHTINGS
+from blip3o_fast.models.checkpointing import MODES as CHECKPOINTING_MODES
 from blip3o_fast.models.normalizer import parse_spec
 from blip3o_fast.ops._attention import NAMES as ATTENTION
 from blip3o_fast.ops._backend import NAMES as BACKENDS
@@ -34,11 +36,14 @@ FREE_ON_RESUME = frozenset(
         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "num_workers", "logging_steps", "save_steps",
         "eval_steps", "eval_generation_samples", "guidance_scale", "num_inference_steps", "save_total_limit",
         "max_bad_steps", "load_best_model_at_end", "wandb_project", "wandb_run_name", "no_wandb", "device",
-        "compile_model", "gradient_checkpointing", "resume_from_checkpoint", "debug", "dry_run", "output_dir",
-        "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "normalize_embeddings", "progress",
-        "backend", "attention_backend", "force", "report_to", "profile_steps",
+        "compile_model", "gradient_checkpointing", "checkpointing_mode", "resume_from_checkpoint", "debug", "dry_run",
+        "output_dir", "embeddings_path", "init_from", "init_optimizer", "max_steps", "num_epochs", "progress",
+        "normalize_embeddings", "backend", "attention_backend", "force", "report_to", "profile_steps", "on_bad_shard",
     }
 )  # fmt: skip
+
+# Of transformers' own: what only watches or waits.
+FREE_PASSED_ON = frozenset({"ddp_timeout", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step"})
 
 
 @dataclass
@@ -61,6 +66,7 @@ class TrainSettings:
     init_from: str | None = None  # folder or hub name of a trained model whose weights are the start
     init_optimizer: str | None = None  # and the state of its optimizer, see `optimizer_state`
     gradient_checkpointing: bool = False
+    checkpointing_mode: str = "block"  # what --gradient_checkpointing makes again: whole blocks, or the cheap ops only
 
     # Optimisation. `max_steps` wins over `num_epochs`.
     num_epochs: float = 10
@@ -100,6 +106,9 @@ class TrainSettings:
     normalize: str = "none"
     normalize_embeddings: bool = False  # the original's flag: the same as normalize="l2"
     num_workers: int = 0
+    loading: str = "auto"  # memory, stream (from a folder of shards), or auto: by the folder's size
+    split: str = "auto"  # random, hash (of each picture's key), or auto: what the set says (data.splits)
+    on_bad_shard: str = "stop"  # or skip; streaming only
 
     # Logging, evaluation, checkpoints
     logging_steps: int = 100
@@ -146,6 +155,10 @@ class TrainSettings:
         if self.normalize_embeddings and self.normalize == "none":
             self.normalize = "l2"
 
+    def split_rule(self) -> str:
+        """``"random"`` or ``"hash"``: as asked for, else what the set says (`data.splits.default_rule`)."""
+        return default_rule(self.embeddings_path) if self.split == "auto" else self.split
+
     def check(self) -> None:
         """Raise one ValueError that names every bad flag, what it is and what is allowed."""
         problems = [
@@ -180,7 +193,7 @@ class TrainSettings:
                 check()
             except ValueError as error:
                 problems.append(str(error))
-        if self.no_wandb and "wandb" in (self.report_to or ""):
+        if self.no_wandb and "wandb" in str(self.report_to):
             problems.append(f"--no_wandb and --report_to {self.report_to} exclude each other: give one of them")
         if problems:
             raise ValueError("\n".join(problems))
@@ -237,6 +250,10 @@ class TrainSettings:
             number("guidance_scale", 0),
             one_of("lr_scheduler", LR_SCHEDULERS),
             one_of("device", DEVICES),
+            one_of("loading", ("auto", "memory", "stream")),
+            one_of("split", ("auto", "random", "hash")),
+            one_of("on_bad_shard", ("stop", "skip")),
+            one_of("checkpointing_mode", CHECKPOINTING_MODES),
             one_of("prediction_type", ("v_prediction", "epsilon")),
             one_of("schedule_type", ("linear", "cosine")),
             one_of("loss_weighting", WEIGHTINGS),
@@ -251,11 +268,14 @@ class TrainSettings:
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Settings in which continuing an earlier run would change what it computes, one line each."""
-        mine = self.to_dict()
+        mine, theirs = self.to_dict(), dict(earlier)
+        for settings in (mine, theirs):
+            more = dict(settings.get("training_arguments") or {})
+            settings["training_arguments"] = {name: more[name] for name in more if name not in FREE_PASSED_ON}
         lines = [
-            f"--{field.name}: the run has {earlier[field.name]!r}, now {mine[field.name]!r}"
+            f"--{field.name}: the run has {theirs[field.name]!r}, now {mine[field.name]!r}"
             for field in fields(self)
-            if field.name not in FREE_ON_RESUME and field.name in earlier and earlier[field.name] != mine[field.name]
+            if field.name not in FREE_ON_RESUME and field.name in theirs and theirs[field.name] != mine[field.name]
         ]
         return lines
 
@@ -277,7 +297,7 @@ def trackers_named(report_to: str | None) -> tuple[str, ...] | None:
     """``"wandb,tensorboard"`` as names, None for None; ValueError for a name that is none of TRACKERS."""
     if report_to is None:
         return None
-    names = tuple(name.strip() for name in report_to.split(","))
+    names = tuple(name.strip() for name in str(report_to).split(","))
     if not set(names) <= set(TRACKERS) or ("none" in names and len(names) > 1):
         raise ValueError(f"--report_to must be none, wandb, tensorboard or wandb,tensorboard, got {report_to!r}")
     return () if names == ("none",) else names
@@ -287,7 +307,7 @@ def steps_named(profile_steps: str | None) -> tuple[int, int] | None:
     """``"10:15"`` as (10, 15), None for None; ValueError for anything but first:last with 1 <= first <= last."""
     if profile_steps is None:
         return None
-    first, _, last = profile_steps.partition(":")
+    first, _, last = str(profile_steps).partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ValueError(f"--profile_steps must be first:last with 1 <= first <= last (10:15), got {profile_steps!r}")
     return int(first), int(last)

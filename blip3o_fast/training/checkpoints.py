@@ -1,6 +1,6 @@
 """What lies in a run's folder, and which of it is whole.
 
-    run.json            settings, versions, data, status: running | interrupted | finished
+    run.json            settings, versions, data, status: running | interrupted | stopped | finished
     metrics.jsonl       one object per log
     checkpoint-N/       weights as models.checkpoints names them, config.json, normalizer.safetensors, ema.safetensors,
                         state.json (see `saving`), and complete.json, written last: a folder without it was cut

@@ -33,7 +33,7 @@ class NamingLoader(DataLoader):
             except StopIteration:
                 return
             except Exception as error:
-                if _is_dead_worker(error):
+                if _is_dead_worker(error) or _has_dead_worker(batches):
                     raise _dead_worker(error) from error
                 what = f"{type(error).__name__}: {_cause(error)}"
                 raise DataLoaderError(f"the data loader failed at micro-batch {number} of the run: {what}") from error
@@ -56,9 +56,14 @@ def _is_dead_worker(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
+def _has_dead_worker(batches: Any) -> bool:
+    """Whether a process of this iteration is gone: reading from one that is says anything, a reset connection, say."""
+    return any(not worker.is_alive() for worker in getattr(batches, "_workers", ()))
+
+
 def _dead_worker(error: Exception) -> DataLoaderError:
     return DataLoaderError(
-        f"a process of the data loader died: {str(error).splitlines()[0]}\n"
+        f"a process of the data loader died: {type(error).__name__}: {str(error).splitlines()[0]}\n"
         "hint: with --num_workers 0 the data is loaded in the main process, where an error shows itself; a worker that "
         "is killed has often run out of memory (fewer --num_workers) or of /dev/shm. Continue from the last checkpoint "
         "with --resume_from_checkpoint auto"

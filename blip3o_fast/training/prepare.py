@@ -15,7 +15,9 @@ from torch import Tensor
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
+from blip3o_fast.training import streamed
 from blip3o_fast.training.arguments import TrainSettings
+from blip3o_fast.training.streamed import SideView
 from blip3o_fast.training.validation import MAX_PICTURES, evenly_spaced
 
 
@@ -23,16 +25,17 @@ from blip3o_fast.training.validation import MAX_PICTURES, evenly_spaced
 class Data:
     """Both splits as the network sees them (normalised), the raw held-out ones, and the way back."""
 
-    conditions: Tensor  # [n, L, E]
-    targets: Tensor  # [n, T, C]
-    held_out_conditions: Tensor  # [m, L, E], m may be 0
-    held_out_targets: Tensor  # [m, T, C]
+    conditions: Tensor | SideView  # [n, L, E]; a view where the set is streamed from its folder
+    targets: Tensor | SideView  # [n, T, C]
+    held_out_conditions: Any  # Tensor or SideView [m, L, E], m may be 0
+    held_out_targets: Any  # [m, T, C]
     raw_conditions: Tensor  # of at most 256 held-out pictures, un-normalised
     raw_targets: Tensor
     raw_mean: Tensor  # [C]: of the whole train split's raw targets
     normalizer: FeatureNormalizers
     checksum: int  # of some raw training pictures
     keys: list[str] | None = None  # names of the training pictures
+    raw_names: list[str] | None = None  # of raw_targets: caption and key
 
     def describe(self) -> dict[str, Any]:
         """For run.json: enough to notice that a continued run got other data."""
@@ -77,18 +80,17 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
     """
     from blip3o_fast.data.dataset import EmbeddingDataset
 
+    if streamed.is_streamed(settings):
+        return _streamed_data(settings, normalizer)
     # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
-    train, held_out = EmbeddingDataset.splits(settings.embeddings_path, eval_split=settings.eval_split)
+    train, held_out = EmbeddingDataset.splits(
+        settings.embeddings_path, eval_split=settings.eval_split, split_by=settings.split_rule()
+    )
     conditions, targets, keys = _subset(settings, train.conditions, train.targets, train.keys)
     held_conditions, held_targets = conditions[:0], targets[:0]
     if held_out is not None:
         held_conditions, held_targets = held_out.conditions, held_out.targets
-    effective = settings.batch_size * settings.gradient_accumulation_steps
-    if len(conditions) < 2:
-        raise ValueError(f"{settings.embeddings_path}: {len(conditions)} training pictures; at least 2 are needed")
-    if len(conditions) < effective:
-        # Allowed (the stream wraps around), but hardly meant.
-        print(f"note: {len(conditions)} training pictures are fewer than the effective batch of {effective}")
+    _check_count(settings, len(conditions), len(held_conditions))
     if normalizer is None:
         normalizer = FeatureNormalizers.fit(train.conditions, train.targets, settings.normalize)
     some = evenly_spaced(len(held_targets), MAX_PICTURES)
@@ -105,10 +107,36 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
         normalizer,
         _checksum(conditions) ^ _checksum(targets),
         keys,
+        None if held_out is None else [streamed.name_of(held_out.keys[i], held_out.captions[i]) for i in some.tolist()],
     )
 
 
-def _checksum(features: Tensor) -> int:
+def _check_count(settings: TrainSettings, found: int, held_out: int) -> None:
+    if settings.eval_split and not held_out:
+        raise ValueError(
+            f"--eval_split {settings.eval_split}: none of the {found} pictures of {settings.embeddings_path} is held "
+            "out; give a larger share, or 0 to train without evaluations"
+        )
+    effective = settings.batch_size * settings.gradient_accumulation_steps
+    if found < 2:
+        raise ValueError(f"{settings.embeddings_path}: {found} training pictures; at least 2 are needed")
+    if found < effective:
+        # Allowed (the stream wraps around), but hardly meant.
+        print(f"note: {found} training pictures are fewer than the effective batch of {effective}")
+
+
+def _streamed_data(settings: TrainSettings, normalizer: FeatureNormalizers | None) -> Data:
+    """`Data` of views; only what evaluation looks at again and again is taken into memory."""
+    given = streamed.load(settings, normalizer)
+    _check_count(settings, len(given["conditions"]), len(given["held_out_conditions"]))
+    raw, raw_train = given.pop("raw"), given.pop("raw_train")
+    some = evenly_spaced(len(raw[0]), MAX_PICTURES)
+    checksum = _checksum(raw_train[0]) ^ _checksum(raw_train[1])
+    names = streamed.names_of(raw[0], some)
+    return Data(**given, raw_conditions=raw[0][some], raw_targets=raw[1][some], checksum=checksum, raw_names=names)
+
+
+def _checksum(features: Tensor | SideView) -> int:
     """CRC-32 of the bytes of about 64 pictures, evenly spread."""
     some = features[evenly_spaced(len(features), 64)].float().contiguous()
     return zlib.crc32(some.numpy().tobytes())
@@ -195,7 +223,7 @@ def model_for(
         model.config = dataclasses.replace(model.config, condition_dropout=settings.condition_dropout)
     model.normalizer = data.normalizer
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"mode": settings.checkpointing_mode})
     return model.train()
 
 

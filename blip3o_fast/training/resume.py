@@ -10,6 +10,7 @@ from blip3o_fast import env
 from blip3o_fast.models.normalizer import FILE_NAME, FeatureNormalizers
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.arguments import TrainSettings
+from blip3o_fast.training.group import restarts
 from blip3o_fast.training.prepare import Data, effective_batch
 
 
@@ -25,6 +26,10 @@ def resume_point(settings: TrainSettings) -> Path | None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; a folder is needed")
     run, last = checkpoints.read_run(output), checkpoints.last_whole(output)
+    if (again := restarts()) and (wanted is None or last is not None):
+        # Whoever started the job is not there to add the flag, and a named checkpoint is older than what was saved.
+        say(f"restart {again} by torchrun: continuing from the newest whole checkpoint")
+        wanted = "auto"
     if wanted is None:
         if run is None and not checkpoints.checkpoints(output):
             return None

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blip3o_fast import __version__, env
+from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.recognise import read_config
 from blip3o_fast.ops import use_attention, use_backend
-from blip3o_fast.training import checkpoints, estimate, prepare, saving
+from blip3o_fast.training import checkpoints, estimate, group, prepare, saving
 from blip3o_fast.training.arguments import TrainSettings, steps_named, warmup_steps
+from blip3o_fast.training.finite import NonFiniteError
 from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
     check_same_run,
@@ -50,7 +52,23 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """
     settings.check()
     with use_backend(settings.backend), use_attention(settings.attention_backend):
+        if (settings.backend, settings.attention_backend) != ("auto", "auto"):
+            _try_backends(settings)
         return _train(settings)
+
+
+def _try_backends(settings: TrainSettings) -> None:
+    """A forward of a tiny network: what the backends that were named cannot do is said before any data is read."""
+    device = prepare.device_for(settings)
+    model = BLIP3oDiT(BLIP3oConfig.preset("tiny")).to(device)
+    x, condition = torch.zeros(1, 64, 16, device=device), torch.zeros(1, 64, 24, device=device)
+    dtype = torch.float16 if settings.fp16 else torch.bfloat16
+    try:
+        with torch.autocast(device.type, dtype, enabled=settings.fp16 or settings.bf16):
+            model(x, torch.ones(1, device=device), condition).square().mean().backward()
+    except RuntimeError as error:
+        names = f"--backend {settings.backend}, --attention_backend {settings.attention_backend}"
+        raise ValueError(f"{names} on {device.type}: {str(error).splitlines()[0]}") from error
 
 
 def _train(settings: TrainSettings) -> dict[str, Any]:
@@ -76,7 +94,7 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
         config = start.config
     else:
         config = read_config(resume) if resume else prepare.config_for(settings, data)
-    estimate.check_memory(settings, data, device, config)
+    estimate.check_memory(settings, data, device, config, world)
     model = prepare.model_for(settings, data, start, config)
     if resume:
         tell_other_length(earlier, steps)
@@ -90,7 +108,11 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
         say(f"dry run     {text}")
         say(estimate.plan(settings, data, model.config, device, steps, world, seconds) + "\nNothing was written.")
         return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
-    return _run(settings, data, model, device, steps, resume, earlier)
+    try:
+        return _run(settings, data, model, device, steps, resume, earlier)
+    except BaseException:
+        group.abandon()
+        raise
 
 
 def _need_libraries() -> None:
@@ -119,10 +141,10 @@ def _flow_loss(settings: TrainSettings, model: BLIP3oDiT) -> Any:
 
 def _dry_step(settings: TrainSettings, data: prepare.Data, model: BLIP3oDiT, device: torch.device) -> tuple[str, float]:
     """Forward and backward of the first batch, twice: what happened, and the seconds of a step by the second."""
-    from blip3o_fast.training.stream import SampleOrder
+    from blip3o_fast.training.streamed import order_for
 
     model.to(device)
-    pictures = SampleOrder(len(data.conditions), settings.seed).pictures(0, settings.batch_size)
+    pictures = order_for(data.conditions, settings.seed).pictures(0, settings.batch_size)
     dtype = torch.float16 if settings.fp16 else torch.bfloat16
     for _ in range(2):  # the first one also warms up
         start = time.perf_counter()
@@ -229,6 +251,11 @@ def _run(
                     checkpoints.rotate(output, keep, keep_best=best)
             else:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except NonFiniteError as error:  # on every rank at the same step
+        if main:
+            checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "stopped", "reason": str(error)})
+        group.leave()
+        raise
     except torch.OutOfMemoryError as error:
         raise ValueError(_out_of_memory(settings, error)) from error
     finally:
@@ -239,13 +266,13 @@ def _run(
             checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "interrupted"})
             saving.point_to_interrupted(output, checkpoints.last_whole(output))
         say(f"stopped at step {step} of {steps}; continue with --resume_from_checkpoint auto")
-        _leave_group()
+        group.leave()
         raise KeyboardInterrupt
     last = _finish(trainer, output, run, quality, best=best) if main else {}
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run | {"status": "finished", "result": last})
         say(f"trained model: {output}")
-    _leave_group()
+    group.leave()
     return {**last, "status": "finished", "step": step, "output_dir": str(output)}
 
 
@@ -288,7 +315,7 @@ def _finish(trainer: BLIP3oTrainer, output: Path, run: dict[str, Any], quality: 
         from blip3o_fast.training.report import write_report
 
         say(f"loss curve: {plot_loss(entries, output / 'loss.png', yardstick=run['yardstick'])}")
-        say(f"report: {write_report(output, entries, run, neighbours_of(quality, run['settings']))}")
+        say(f"report: {write_report(output, entries, run, neighbours_of(quality))}")
     except ModuleNotFoundError as error:
         say(f'no loss curve and no report: {error.name} is not installed (pip install "blip3o_fast[report]")')
     return saving.evaluation_of(entries, trainer.state.global_step)
@@ -298,10 +325,3 @@ def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "accelerate", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"blip3o_fast": __version__, "python": platform.python_version(), **versions}
-
-
-def _leave_group() -> None:
-    # Without this a process of a torchrun job may abort after it has succeeded.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
-from blip3o_fast.training import checkpoints, saving
+from blip3o_fast.training import checkpoints, group, saving
 from blip3o_fast.training.clock import StepClock, StepCost
 from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
@@ -32,7 +32,8 @@ from blip3o_fast.training.loader import dead_workers_named
 from blip3o_fast.training.optimizer_state import load_named_state, read_named_state
 from blip3o_fast.training.optimizers import check_optimizer
 from blip3o_fast.training.parts import Sized, without_config
-from blip3o_fast.training.stream import BatchStream, SampleOrder, stream_loader
+from blip3o_fast.training.stream import stream_loader
+from blip3o_fast.training.streamed import SideView, batches, order_for, to_network
 from blip3o_fast.training.sums import MetricSums
 from blip3o_fast.training.validation import Validation
 
@@ -46,7 +47,7 @@ class BLIP3oTrainer(Trainer):
         model: called as ``model(x_t, timestep, encoder_hidden_states, ...)`` by the loss function.
         args: transformers' TrainingArguments; `arguments.training_arguments` makes suitable ones.
         conditions, targets: ``[n, T, E]`` and ``[n, T, C]`` of the training pictures, as the network sees them
-            (normalised), on the CPU.
+            (normalised), on the CPU; or views of a folder (`streamed`), normalised on the device.
         loss_function: ``(model, data, encoder_hidden_states, *, seed, sample_index) -> (loss, metrics)``; sample_index
             is the global index of the first sample, metrics are 0-d on the device. `flow.FlowMatchingLoss`.
         validation: what `evaluate` measures, or None.
@@ -66,8 +67,8 @@ class BLIP3oTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        conditions: Tensor,
-        targets: Tensor,
+        conditions: Tensor | SideView,
+        targets: Tensor | SideView,
         loss_function: LossFunction,
         validation: Validation | None = None,
         ema_decay: float = 0.0,
@@ -87,7 +88,8 @@ class BLIP3oTrainer(Trainer):
             raise ValueError("args.remove_unused_columns must be False: the batches are not forward()'s arguments")
         check_optimizer(args.optim)
         self.conditions, self.targets = conditions, targets
-        self.order = SampleOrder(len(conditions), args.seed)
+        self.order = order_for(conditions, args.seed)
+        self.replaced = 0  # pictures of bad shards, for which others stood (streaming with on_bad_shard="skip")
         self.loss_function = loss_function
         self.validation = validation
         self.linear_loss = linear_loss
@@ -107,6 +109,7 @@ class BLIP3oTrainer(Trainer):
                 eval_dataset=Sized(len(validation.pictures)) if validation is not None else None,
                 callbacks=callbacks,
             )
+        group.settle_ddp(self, args.gradient_accumulation_steps)
         # Its guess from forward()'s signature would change how accumulated losses are scaled.
         self.model_accepts_loss_kwargs = False
         self.ema = EMA(model, ema_decay) if ema_decay else None
@@ -125,13 +128,14 @@ class BLIP3oTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The stream from the present step on. Each rank reads its own part, so accelerate must not shard again."""
         accumulate = self.args.gradient_accumulation_steps
-        stream = BatchStream(
+        stream = batches(
             self.conditions,
             self.targets,
             self.order,
             self._train_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            workers=self.args.dataloader_num_workers,
         )
         return stream_loader(
             stream,
@@ -144,6 +148,12 @@ class BLIP3oTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.waiting():
             return super().get_batch_samples(*args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device; from pinned memory without the host waiting for what the device has still to do."""
+        if isinstance(data, Tensor) and data.is_pinned() and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     # ---- optimizer -------------------------------------------------------------------------------------------------
 
@@ -170,11 +180,11 @@ class BLIP3oTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        self.replaced += inputs.get("replaced", 0)
         with self.clock.forward():
             loss, metrics = self.loss_function(
                 model,
-                inputs["target"],
-                inputs["encoder_hidden_states"],
+                *to_network(inputs, self.conditions, self.targets),
                 seed=self.args.seed,
                 sample_index=inputs["sample_index"],
             )
@@ -225,6 +235,8 @@ class BLIP3oTrainer(Trainer):
                 logs["skipped_steps"] = self.watch.total
             if self.linear_loss and "loss" in logs:
                 logs["loss_over_linear"] = logs.get("mse", logs["loss"]) / self.linear_loss
+            if self.replaced:
+                logs["replaced_pictures"] = self.replaced
             logs["samples"] = self.samples_seen()
             gather = self.accelerator.gather if self.args.world_size > 1 else None
             logs.update(self.clock.read(self.samples_seen(), gather, self.cost))

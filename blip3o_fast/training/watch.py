@@ -32,7 +32,9 @@ def watchers(settings: TrainSettings, resume: Path | None, *, evaluates: bool) -
 
 def step_cost(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.device) -> StepCost:
     """Tokens, FLOPs and the device's peak in the dtype of the products."""
-    dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else torch.float32
+    dtype = (
+        torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 and device.type == "cuda" else torch.float32
+    )
     flops = model_flops(model.config, 1, data.conditions.shape[1], "both")
     peak = peak_of(device, dtype)
     told = f"{peak.flops / 1e12:.3g} TFLOP/s per process ({peak.source}); a sample is {flops / 1e9:.3g} GFLOP"

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from blip3o_fast.data import EmbeddingDataset, UnsafePickleError, collate
-from blip3o_fast.data.dataset import split_indices
 from blip3o_fast.data.shards import EncoderInfo, Meta, ShardWriter
+from blip3o_fast.data.splits import split_indices
 from blip3o_fast.models.normalizer import FeatureNormalizers
 
 COUNT, TOKENS, E, C = 23, 4, 6, 5

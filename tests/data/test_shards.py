@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip3o_fast.data import shards
+from blip3o_fast.data import stored
 from blip3o_fast.data.reader import open_conditions
 from blip3o_fast.data.shards import EncoderInfo, Meta, ShardWriter, read_index, read_meta, read_shards, shard_name
 
@@ -119,7 +119,7 @@ def test_an_interruption_leaves_only_whole_shards(tmp_path: Path, monkeypatch: p
             left[0] -= 1
             real(a, b)
 
-        monkeypatch.setattr(shards.os, "replace", replace_some)
+        monkeypatch.setattr(stored.os, "replace", replace_some)
         writer = ShardWriter(tmp_path, META)
         if survives < 2:
             with pytest.raises(KeyboardInterrupt):

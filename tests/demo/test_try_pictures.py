@@ -13,10 +13,12 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from blip3o_fast.cli import main
-from blip3o_fast.data.dataset import EmbeddingDataset, split_indices
+from blip3o_fast.data.dataset import EmbeddingDataset
 from blip3o_fast.data.encoders import load_encoder
-from blip3o_fast.data.extract import PICKLE, extract
+from blip3o_fast.data.extract import extract
 from blip3o_fast.data.images import Picture, decode, folder_pictures, picture_files, write_tars
+from blip3o_fast.data.pickle_output import PICKLE
+from blip3o_fast.data.splits import split_indices
 from blip3o_fast.demo import try_pictures as module
 from blip3o_fast.demo.gallery import find_pictures
 from blip3o_fast.demo.try_pictures import TrySettings, example_command, try_pictures

@@ -91,11 +91,71 @@ def test_checkpointing_saves_memory_and_changes_nothing(enable: str, disable: st
     assert run()[0] == all_bytes
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_selective_checkpointing_repeats_no_product_and_changes_no_gradient(autocast: bool) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        """Counts the forward products and attentions that are run."""
+
+        count = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += op.name() in ("blip3o_fast::merged_linear_fwd", "blip3o_fast::dual_attention_fwd")
+            return op(*args, **(kwargs or {}))
+
+    net = BLIP3oDiT(BLIP3oConfig.preset("tiny", num_layers=4))
+    with torch.no_grad():
+        for block in net.layers:
+            block.gate.normal_()
+    call, upstream = arguments(), torch.randn(2, 64, 16)
+
+    def run() -> tuple[int, int, list[Tensor]]:
+        saved = _Saved(net)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), saved.hooks, Products() as products:
+            out = net(*call)
+        ahead = products.count
+        with products:
+            grads = torch.autograd.grad(out, list(net.parameters()), upstream.to(out.dtype))
+        return saved.total, products.count - ahead, list(grads)
+
+    _, repeated, expected = run()
+    assert repeated == 0
+    net.gradient_checkpointing_enable()
+    block_bytes, repeated, of_blocks = run()
+    assert repeated > 0
+    net.gradient_checkpointing_enable({"mode": "selective"})
+    selective_bytes, repeated, grads = run()
+    assert repeated == 0
+    assert selective_bytes == block_bytes  # the products' results are kept aside, not by autograd
+    assert all(torch.equal(grad, same) for grad, same in zip(grads, of_blocks, strict=True))
+    if not autocast:
+        assert_gradients_close(grads, expected)
+
+
+def test_selective_checkpointing_lies_between_in_peak_memory() -> None:
+    from blip3o_fast.models.peak import peak_bytes
+
+    net = BLIP3oDiT(BLIP3oConfig.preset("tiny", num_layers=4, hidden_size=128))
+    call, peaks, estimates = arguments(batch=8, context=64), [], []
+    for mode in (None, "selective", "block"):
+        net.gradient_checkpointing_disable()
+        if mode:
+            net.gradient_checkpointing_enable({"mode": mode})
+        peaks.append(peak_bytes(lambda: net(*call).sum().backward(), torch.device("cpu")) or 0)
+        estimates.append(net.memory(8, training=True))
+        net.zero_grad()
+    assert peaks[0] > 1.2 * peaks[1] > 1.44 * peaks[2]
+    assert estimates[0] > estimates[1] > estimates[2]
+
+
 def test_checkpointing_arguments(model: BLIP3oDiT) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     assert torch.isfinite(model(*arguments())).all()
     with pytest.raises(ValueError, match="use_reentrant must be False"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="mode must be one of block, selective, got 'some'"):
+        model.gradient_checkpointing_enable({"mode": "some"})
     with pytest.raises(ValueError, match="every_n_layers must be 1"):
         model.activation_checkpointing_enable(every_n_layers=2)
     with pytest.raises(ValueError, match="offload must be False"):

@@ -33,6 +33,8 @@ from blip3o_fast.training.saving import INTERRUPTED  # noqa: E402
 STEPS, SAVE, BATCH = 12, 3, 4
 SIZES = {"model_dim": 16, "num_layers": 1, "num_heads": 2, "multiple_of": 8, "normalize": "standardize"}
 
+POISONED = set()  # samples of the run whose loss is NaN
+
 
 def settings(embeddings, output, **changes):
     fields = {
@@ -94,7 +96,9 @@ def child(embeddings, output, at, fault, changes):
                 with open(f"{output}.seen", "a") as seen:
                     seen.write(f"{kwargs['sample_index']} {len(data)}\n")
                 events.happened(f"step {kwargs['sample_index'] // BATCH + 1}")
-            return loss(model, data, *inner, **kwargs)
+            value, metrics = loss(model, data, *inner, **kwargs)
+            here = range(kwargs["sample_index"], kwargs["sample_index"] + len(data))
+            return (value * float("nan") if POISONED.intersection(here) else value), metrics
 
         return call
 
@@ -153,7 +157,7 @@ def attempt_of_two(embeddings, output, victim=0, at=0):
         processes.append(fork(embeddings, output, at if rank == victim else 0, batch_size=BATCH // 2))
     first, status = os.wait()
     processes.remove(first)
-    if meaning(status) != "finished":
+    if meaning(status) == "killed":
         os.kill(processes[0], signal.SIGKILL)
     other = meaning(os.waitpid(processes[0], 0)[1])
     return max(meaning(status), other)  # "killed" comes after "finished", "failed" and "interrupted"
@@ -276,6 +280,12 @@ def two_processes(embeddings, folder, kills, seed):
                 break
             report.count_kill(output)
         report.compare(output, status if status == "finished" else attempt_of_two(embeddings, output))
+
+    # One sample in each of three steps is bad, all on rank 1: no rank takes those steps, both stop with the reason.
+    output = folder / "poisoned"
+    POISONED.update(BATCH * (step - 1) + 3 for step in (5, 6, 7))
+    report["poisoned"] = attempt_of_two(embeddings, output), Path(f"{output}.error").read_text()
+    report["poisoned_whole"] = checkpoints.last_whole(output).name
     return report
 
 

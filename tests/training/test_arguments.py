@@ -85,3 +85,6 @@ def test_differences_that_change_the_run_are_found():
     assert settings(logging_steps=1, save_steps=5, max_steps=7, no_wandb=True).differences(earlier) == []
     lines = settings(learning_rate=1e-3, seed=1).differences(earlier)
     assert lines == ["--learning_rate: the run has 0.0001, now 0.001", "--seed: the run has 42, now 1"]
+    assert settings(training_arguments={"log_level": "info"}).differences(earlier) == []
+    (line,) = settings(training_arguments={"log_level": "info", "optim": "sgd"}).differences(earlier)
+    assert line == "--training_arguments: the run has {}, now {'optim': 'sgd'}"

@@ -69,7 +69,7 @@ def test_the_slowest_rank_is_the_one_that_the_others_wait_for(hand):
     def gather(mine):
         assert mine.shape == (1, 5) and mine.dtype == torch.float64
         median, longest, own, waited, memory = mine[0].tolist()
-        others = [[median + 1, longest + 9, own + 3, 0.9, memory + 50], [median + 2, longest, own - 1, 0.0, 0.0]]
+        others = [[median + 1, longest, own + 3, 0.9, memory + 50], [median + 2, longest + 9, own - 1, 0.0, 0.0]]
         return torch.tensor([mine[0].tolist(), *others], dtype=torch.float64)
 
     found = clock.read(12, gather, StepCost(tokens=2, flops=4, peak=8.0))

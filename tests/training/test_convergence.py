@@ -14,6 +14,7 @@ from blip3o_fast.training.run import train
 from blip3o_fast.training.stream import SampleOrder
 
 ON_CPU = pytest.param("cpu", 100, marks=pytest.mark.skipif(_ext.C is None, reason=str(_ext.ERROR)))
+AT_LENGTH = pytest.param("reference", 100, marks=pytest.mark.slow)
 # Interpreted, a step takes 10 seconds.
 INTERPRETED = pytest.param("triton", 3, marks=pytest.mark.slow)
 
@@ -36,7 +37,7 @@ def loss_curve(model, loss_function, data, steps):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize(("backend", "steps"), [("reference", 100), ON_CPU, INTERPRETED])
+@pytest.mark.parametrize(("backend", "steps"), [("reference", 20), AT_LENGTH, ON_CPU, INTERPRETED])
 def test_fused_and_eager_training_have_the_same_loss_curve(stock, backend, steps):
     network = stock.network()
     ours = BLIP3oDiT({**stock.sizes, "context_projection": False})
@@ -51,6 +52,7 @@ def test_fused_and_eager_training_have_the_same_loss_curve(stock, backend, steps
         assert eager[-10:].mean() < 0.8 * eager[:10].mean()  # it has gone somewhere
 
 
+@pytest.mark.slow
 def test_a_tiny_set_is_learned_by_heart(tmp_path):
     from blip3o_fast.data.shards import EncoderInfo, Meta, ShardWriter
 

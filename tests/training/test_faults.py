@@ -54,3 +54,8 @@ def test_two_processes_of_which_one_is_killed(embeddings, tmp_path):
     """Weights, averages and optimizer states bit for bit: gloo adds two numbers in one order only."""
     report = hurt(embeddings, tmp_path, kills=10, seed=3, ranks=2)
     assert report["runs"] >= 5
+    status, error = report["poisoned"]
+    # The save between the bad steps is whole and good: it has the weights of step 4.
+    assert status == "failed" and report["poisoned_whole"] == "checkpoint-6"
+    assert "3 steps in a row: 5 (loss), 6 (loss), 7 (loss)" in error
+    assert "rank 1, samples: picture_" in error and " of a batch of 2" in error and "rank 0" not in error

@@ -310,3 +310,41 @@ def test_the_checkpoint_of_a_stopped_run_is_loadable(tmp_path, make_trainer):
     trainer = make_trainer(tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert trainer.state.global_step == 8 and checkpoints.last_whole(tmp_path).name == "checkpoint-8"
+
+
+def test_a_row_goes_on_over_a_continuation(tmp_path, make_trainer):
+    first = make_trainer(tmp_path, max_steps=4)
+    poison(first, "gradient", steps={3, 4})
+    first.train()
+    again = make_trainer(tmp_path, max_steps=8)
+    poison(again, "gradient", steps={5})
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row: 3 \(gradient norm\), 4 .*, 5 .*"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.watch.total == 3 and same(snapshot(again), snapshot(first))
+
+
+def test_on_an_accelerator_nothing_waits_for_the_device_between_logs():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from blip3o_fast.training.sums import MetricSums
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Reads.count += "_local_scalar_dense" in str(func)  # what bool(), float() and item() call
+            return func(*args, **(kwargs or {}))
+
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    watch, sums = FiniteWatch(3, reads_are_free=False, scaled=False), MetricSums()
+    with Reads():
+        for step in range(1, 6):
+            optimizer.zero_grad()
+            loss = weight.sum() * (float("nan") if step == 2 else 1.0)
+            sums.add(loss, {"mse": loss})
+            watch.gated(loss).backward()
+            watch.judge(weight.grad.square().sum(), step, optimizer)
+        assert Reads.count == 0
+        assert watch.news() == [BadStep(2, "loss")]
+        assert Reads.count > 0  # the counter counts

@@ -69,7 +69,7 @@ def test_a_worker_that_dies_stops_a_run_by_name(polled, tmp_path, make_trainer):
         return made
 
     trainer.get_train_dataloader = loader
-    with pytest.raises(DataLoaderError, match="a process of the data loader died: DataLoader worker") as error:
+    with pytest.raises(DataLoaderError, match="a process of the data loader died: [A-Za-z]+Error") as error:
         trainer.train()
     assert "--num_workers 0" in str(error.value) and "--resume_from_checkpoint auto" in str(error.value)
     step = trainer.state.global_step  # what the worker had loaded ahead may be lost with it

@@ -36,7 +36,7 @@ def data():
     train, held = features[:40], features[40:]
     return SimpleNamespace(
         conditions=train, targets=train, raw_conditions=held, raw_targets=held, raw_mean=train.mean((0, 1)),
-        normalizer=FeatureNormalizers.fit(train, train, "none"),
+        normalizer=FeatureNormalizers.fit(train, train, "none"), raw_names=None,
     )  # fmt: skip
 
 
@@ -91,9 +91,9 @@ def test_the_number_does_not_depend_on_batches(data):
     assert (first - second).abs().max() <= 1e-5
 
 
-def test_what_was_generated_is_told_by_its_neighbours(data, tmp_path):
+def test_what_was_generated_is_told_by_its_neighbours(data):
     quality, _ = measure(data)
-    told = neighbours_of(quality, {"embeddings_path": str(tmp_path / "embeddings.pkl"), "eval_split": 0.1})
+    told = neighbours_of(quality)
     assert len(told) == 8 and all(len(one.nearest) == 4 for one in told)
     for one in told:
         assert one.nearest[0][0] == one.name and one.nearest[0][2]
@@ -101,7 +101,7 @@ def test_what_was_generated_is_told_by_its_neighbours(data, tmp_path):
         assert [itself for _, _, itself in one.nearest[1:]] == [False] * 3
     # Picture k of the chosen is place 2 k of the held-out ones, every 12 / 8 of them is shown.
     assert [one.name for one in told] == [f"held-out picture {2 * (k * 12 // 8)}" for k in range(8)]
-    assert neighbours_of(None, {}) == []
+    assert neighbours_of(None) == []
 
 
 def test_there_is_nothing_to_measure_on_less_than_two_pictures(data):

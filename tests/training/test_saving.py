@@ -119,3 +119,44 @@ def test_the_interrupted_checkpoint_is_a_link_that_can_be_continued(tmp_path):
     link.mkdir()  # somebody's own folder of that name is left alone
     saving.point_to_interrupted(tmp_path, checkpoint)
     assert link.is_dir() and not link.is_symlink()
+
+
+def test_a_run_that_never_is_finite_stops_and_says_so_in_its_record(embeddings, tmp_path, monkeypatch):
+    from blip3o_fast.training import run
+    from blip3o_fast.training.finite import NonFiniteError
+
+    original = run._flow_loss
+
+    def poisoned(*args):
+        def call(*inner, **kwargs):
+            loss, metrics = original(*args)(*inner, **kwargs)
+            return loss * float("inf"), metrics
+
+        return call
+
+    monkeypatch.setattr(run, "_flow_loss", poisoned)
+    with pytest.raises(
+        NonFiniteError, match=r"2 steps in a row: 1 \(loss\), 2 \(loss\).*there is no checkpoint yet"
+    ) as error:
+        train(TrainSettings(embeddings, tmp_path / "run", **SMALL, max_bad_steps=2))
+    assert "samples: picture_" in str(error.value)
+    record = checkpoints.read_run(tmp_path / "run")
+    assert record["status"] == "stopped" and record["reason"] == str(error.value)
+
+
+def test_an_optimizer_state_that_does_not_fit_is_refused_before_anything_is_written(embeddings, tmp_path):
+    flags = {
+        name: value
+        for name, value in SMALL.items()
+        if name not in ("model_dim", "num_layers", "num_heads", "multiple_of")
+    }
+    train(TrainSettings(embeddings, tmp_path / "base", **SMALL | {"max_steps": 2}))
+    bad = flags | {"init_from": str(tmp_path / "base"), "max_steps": 1, "ema_decay": 0.0, "warmup_steps": 0}
+    with pytest.raises(FileNotFoundError, match="nowhere.pt is not there"):
+        train(TrainSettings(embeddings, tmp_path / "run", **bad, init_optimizer=str(tmp_path / "nowhere.pt")))
+    assert not (tmp_path / "run").exists()
+    checkpoint = tmp_path / "base" / "checkpoint-2"
+    train(TrainSettings(embeddings, tmp_path / "run", **bad, init_optimizer=str(checkpoint)))
+    # Its third step, not its first.
+    state = torch.load(tmp_path / "run" / "checkpoint-1" / "optimizer.pt", weights_only=True)["state"]
+    assert {float(slots["step"]) for slots in state.values()} == {3.0}

@@ -73,6 +73,18 @@ def test_a_read_between_two_logs_would_be_seen(tmp_path, make_trainer, reads, mo
     assert len(reads.calls) >= 4 and all("finite.py" in file for _, file in reads.calls)
 
 
+def test_a_pinned_batch_goes_to_the_device_without_waiting(tmp_path, make_trainer, monkeypatch):
+    trainer = make_trainer(tmp_path / "run")
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: copies.append((args, options)) or self)
+    batch = {"target": torch.ones(2), "sample_index": 3}
+    for pinned in (True, False):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, pinned=pinned: pinned)
+        assert trainer._prepare_inputs(batch)["sample_index"] == 3
+    assert copies[0] == ((trainer.args.device,), {"non_blocking": True})
+    assert not copies[1][1].get("non_blocking")
+
+
 def test_a_log_has_all_that_is_watched(tmp_path, make_trainer):
     from blip3o_fast.training.clock import StepCost
 
@@ -197,6 +209,8 @@ def test_the_table_has_the_longest_kernels_where_there_is_a_gpu():
     ("changes", "message"),
     [
         ({"profile_steps": "10"}, r"--profile_steps must be first:last .*, got '10'"),
+        ({"profile_steps": 10}, r"--profile_steps must be first:last .*, got 10"),
+        ({"report_to": ["wandb"]}, r"--report_to must be none, .*, got \['wandb'\]"),
         ({"profile_steps": "5:4"}, r"--profile_steps must be"),
         ({"profile_steps": "0:4"}, r"--profile_steps must be"),
         ({"report_to": "mlflow"}, r"--report_to must be none, wandb, tensorboard or wandb,tensorboard, got 'mlflow'"),
