@@ -101,7 +101,7 @@ class Source:
                     skipped.note(f"{self.name}:{picture.key}", "no caption")
                 yield picture
         except DamagedTarError as error:  # what lies before the damage was given
-            skipped.add(self.name, str(error))
+            skipped.add(f"{self.name}:(the rest)", str(error))
 
     def read(self, skipped: Skipped) -> Iterator[Picture]:
         if self.files:
