@@ -47,9 +47,7 @@ class Patches(nn.Module):
         return self.conv(x)
 
 
-def run(
-    folder: Path | list[Path], out: Path, seconds: float = 0.0, dims: tuple[int, int] = (6, 5), **options
-) -> Extraction:
+def run(images, out: Path, seconds: float = 0.0, dims: tuple[int, int] = (6, 5), **options) -> Extraction:
     preprocess = Preprocessing(32, (127.0,) * 3, (64.0,) * 3, crop=False)
     sides = [
         Encoder(EncoderInfo(f"side {dim}", dim), preprocess, Patches(dim, seconds), lambda model, x: model(x))
