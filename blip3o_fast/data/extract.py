@@ -149,6 +149,9 @@ def extract(
     claim_folder(folder, meta, overwrite=overwrite)
     if unlisted and (folder / INDEX).exists():
         drop_all(folder)
+    if share.world == 1:  # nobody else writes here: these are of runs that were killed
+        for left in folder.glob(".*.json*.*"):
+            left.unlink(missing_ok=True)
     parts = Parts(folder)
     manifest = Manifest.read(folder)
     manifest.roll_forward(parts)
