@@ -231,7 +231,7 @@ def _source(
         progress.passed()
     ahead = next(pictures, None)
     if part:  # the parts before have listed it
-        aside = _emptied(aside)
+        _emptied(aside)
     made, last = 0, False
     while not last:
         done = pipeline.run(_first(ahead, islice(pictures, stamp.samples_per_shard - 1)), progress)

@@ -123,7 +123,7 @@ def test_interrupted_before_every_rename(tars: Path, tmp_path: Path, monkeypatch
     """Before the first, the second, ... file comes into its place: each time the next run ends with the same bytes."""
 
     def two() -> Extraction:
-        return run([tars / "00000.tar", tars / "00002.tar"], tmp_path / "out", samples_per_shard=6)
+        return run([tars / "00000.tar", tars / "00002.tar"], tmp_path / "out")
 
     two()
     wanted, real, left_to_do = content(tmp_path / "out"), os.replace, []
