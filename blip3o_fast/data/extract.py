@@ -148,6 +148,9 @@ def extract(
     claim_folder(folder, meta, overwrite=overwrite)
     if unlisted and (folder / INDEX).exists():
         drop_all(folder)
+    if share.world == 1:  # nobody else writes here: these are of runs that were killed
+        for left in folder.glob(".*.json*.*"):
+            left.unlink(missing_ok=True)
     parts = Parts(folder)
     manifest = Manifest.read(folder)
     manifest.roll_forward(parts)
@@ -227,7 +230,7 @@ def _source(
         progress.passed()
     ahead = next(pictures, None)
     if part:  # the parts before have listed it
-        aside = _emptied(aside)
+        _emptied(aside)
     made, last = 0, False
     while not last:
         done = pipeline.run(_first(ahead, islice(pictures, stamp.samples_per_shard - 1)), progress)

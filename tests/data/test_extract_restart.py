@@ -109,6 +109,7 @@ def test_manifest_index_and_skipped(tars: Path, tmp_path: Path) -> None:
     ]
     assert "not a whole uncompressed tar" in skipped[1]["reason"] and manifest["skipped"] == len(result.skipped) == 3
     keys = [row.key for row in read_index(out)]
+    assert keys == sorted(keys)  # shards are numbered in the order of the tars
     assert len(set(keys)) == len(keys) and set(keys) >= {f"k{i:03d}" for i in (*range(3), *range(4, 15))}
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith("shard-")) == [
         "index.jsonl",
@@ -122,10 +123,10 @@ def test_interrupted_before_every_rename(tars: Path, tmp_path: Path, monkeypatch
     """Before the first, the second, ... file comes into its place: each time the next run ends with the same bytes."""
 
     def two() -> Extraction:
-        return run([tars / "00000.tar", tars / "00002.tar"], tmp_path / "out", samples_per_shard=6)
+        return run([tars / "00000.tar", tars / "00002.tar"], tmp_path / "out")
 
     two()
-    wanted, real, interruptions = content(tmp_path / "out"), os.replace, 0
+    wanted, real, left_to_do = content(tmp_path / "out"), os.replace, []
     shutil.rmtree(tmp_path / "out")
 
     class Killed(BaseException):
@@ -144,14 +145,16 @@ def test_interrupted_before_every_rename(tars: Path, tmp_path: Path, monkeypatch
         try:
             two()
         except Killed:
-            interruptions += 1
+            pass
         else:
             break
         monkeypatch.setattr(os, "replace", real)
-        two()
+        left_to_do.append(two().pictures)
         assert content(tmp_path / "out") == wanted, survives
         shutil.rmtree(tmp_path / "out")
-    assert interruptions > 15
+    assert len(left_to_do) > 15
+    assert left_to_do == sorted(left_to_do, reverse=True)  # nothing that was finished is done again
+    assert left_to_do.count(0) >= 4  # while the last parts are being listed
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
@@ -218,13 +221,13 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half(report) -> None:
 
 def check_memory(found: list[int], count: int) -> None:
     small, large = found
-    print(f"peak RSS: 500 pictures {small / 2**10:.0f} MiB, {count} pictures {large / 2**10:.0f} MiB")
-    assert large - small < 30 * 2**10
+    print(f"peak RSS: 1000 pictures {small / 2**10:.0f} MiB, {count} pictures {large / 2**10:.0f} MiB")
+    assert large - small < 45 * 2**10  # malloc's own ups and downs are half of it: 21 MiB from 1200 to 3000 pictures
 
 
 def test_memory_does_not_grow_with_the_tar(report) -> None:
-    """Features of 384 channels in fp32 are 98 kB a picture: 700 more would be 69 MB, were they kept."""
-    check_memory(report["memory"], 1200)
+    """Features of 384 channels in fp32 are 98 kB a picture: 1000 more would be 98 MB, were they kept."""
+    check_memory(report["memory"], 2000)
 
 
 @pytest.mark.slow
@@ -306,7 +309,7 @@ def limited(folder: Path, name: str, most: int, options: dict) -> dict[str, obje
 
 def memory(folder: Path, count: int) -> list[int]:
     data, peaks = png(0), []
-    for some in (500, count):
+    for some in (1000, count):
         path = folder / str(some) / "a.tar"
         path.parent.mkdir()
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -324,7 +327,7 @@ def memory(folder: Path, count: int) -> list[int]:
 
 def every(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
-    for name, task, *count in (("kill", kill, 3), ("ranks", ranks, 4), ("full", full), ("memory", memory, 1200)):
+    for name, task, *count in (("kill", kill, 3), ("ranks", ranks, 4), ("full", full), ("memory", memory, 2000)):
         place = folder / name
         place.mkdir()
         (place / "tars").symlink_to(folder / "tars")
