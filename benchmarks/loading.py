@@ -2,7 +2,8 @@
 
 Everything is made here, in a temporary folder, at the default sizes in bf16 (262 kB a sample). "cold" is after
 `posix_fadvise(DONTNEED)` on every file, so it is this machine's disk; "warm" comes out of the system's file cache. Each
-reader delivers every sample once, in batches, shuffled as it can: what is compared is time to deliver, not order.
+reader delivers every sample once, in batches, shuffled as it can: what is compared is time to deliver, not order. All
+of them run on one thread, as a worker of a DataLoader does.
 """
 
 import argparse
@@ -176,6 +177,7 @@ def timed(read: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> tuple[int, int
 
 
 def throughput(root: Path, samples: int, rounds: int) -> None:
+    torch.set_num_threads(1)
     shards = write(root / "shards", samples, (TOKENS, CONDITION, TARGET), 512)
     readers: dict[str, tuple[Path, Callable[[], Iterator[tuple[Tensor, Tensor]]]]] = {
         "ours, no worker": (shards, lambda: ours(shards, samples)),
@@ -217,6 +219,7 @@ def waiting(root: Path, steps: int, preset: str) -> None:
     from blip3o_fast.models.config import BLIP3oConfig
     from blip3o_fast.models.nextdit import BLIP3oDiT
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = BLIP3oDiT(BLIP3oConfig.preset(preset, in_channels=TARGET, cross_attention_dim=CONDITION))
     loss_function = FlowMatchingLoss.from_config(model.config)
     for workers in (0, 1):
