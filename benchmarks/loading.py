@@ -2,7 +2,8 @@
 
 Everything is made here, in a temporary folder, at the default sizes in bf16 (262 kB a sample). "cold" is after
 `posix_fadvise(DONTNEED)` on every file, so it is this machine's disk; "warm" comes out of the system's file cache. Each
-reader delivers every sample once, in batches, shuffled as it can: what is compared is time to deliver, not order.
+reader delivers every sample once, in batches, shuffled as it can: what is compared is time to deliver, not order. All
+of them run on one thread, as a worker of a DataLoader does.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def whole_files(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
 def from_pickle(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """The original's single pickle (fp32), which is read whole before the first batch."""
     data = safe_load(next(folder.glob("*.pkl")))
-    condition, target = (torch.from_numpy(data[f"{name}_blip3o_embeddings"]) for name in ("eva", "clip"))
+    condition, target = (torch.tensor(data[f"{name}_blip3o_embeddings"]) for name in ("eva", "clip"))
     for rows in torch.randperm(len(condition)).split(BATCH):
         yield condition[rows], target[rows]
 
@@ -166,21 +167,25 @@ def write_arrow(shards: Path, folder: Path) -> None:
 # ---- what is reported ----------------------------------------------------------------------------------------------
 
 
-def timed(read: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> tuple[int, int, float]:
-    """Samples, bytes and seconds until every batch was delivered."""
+def timed(read: Callable[[], Iterator[tuple[Tensor, Tensor]]], started: bool) -> tuple[int, int, float]:
+    """Samples, bytes and seconds until every batch was delivered; ``started``: from the first batch on, not counted."""
+    batches = read()
+    if started:
+        next(batches)
     samples, size, start = 0, 0, time.perf_counter()
-    for batch in read():
+    for batch in batches:
         samples += len(batch[0])
         size += sum(side.nbytes for side in batch)
     return samples, size, time.perf_counter() - start
 
 
 def throughput(root: Path, samples: int, rounds: int) -> None:
+    torch.set_num_threads(1)
     shards = write(root / "shards", samples, (TOKENS, CONDITION, TARGET), 512)
     readers: dict[str, tuple[Path, Callable[[], Iterator[tuple[Tensor, Tensor]]]]] = {
         "ours, no worker": (shards, lambda: ours(shards, samples)),
-        "ours, 1 worker": (shards, lambda: loader(shards, samples, 1)),
-        "ours, 2 workers": (shards, lambda: loader(shards, samples, 2)),
+        "workers: ours, 1, once started": (shards, lambda: loader(shards, samples, 1)),
+        "workers: ours, 2, once started": (shards, lambda: loader(shards, samples, 2)),
         "safetensors.load_file, a shard at a time": (shards, lambda: whole_files(shards)),
     }
     others = {
@@ -204,7 +209,7 @@ def throughput(root: Path, samples: int, rounds: int) -> None:
             for _ in range(rounds):
                 if cold:
                     forget(folder)
-                runs.append(timed(read))
+                runs.append(timed(read, started=name.startswith("workers")))
             count, size, seconds = sorted(runs, key=lambda run: run[2])[len(runs) // 2]
             cells += [count / seconds, size / seconds / 1e6]
         print(f"| {name} | {cells[0]:,.0f} | {cells[1]:,.0f} | {cells[2]:,.0f} | {cells[3]:,.0f} | "
@@ -217,6 +222,7 @@ def waiting(root: Path, steps: int, preset: str) -> None:
     from blip3o_fast.models.config import BLIP3oConfig
     from blip3o_fast.models.nextdit import BLIP3oDiT
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = BLIP3oDiT(BLIP3oConfig.preset(preset, in_channels=TARGET, cross_attention_dim=CONDITION))
     loss_function = FlowMatchingLoss.from_config(model.config)
     for workers in (0, 1):
