@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
-from blip3o_fast.training import checkpoints, group
+from blip3o_fast.training import checkpoints, fsdp, group
 from blip3o_fast.training.ema import EMA
 from blip3o_fast.training.finite import FiniteWatch
 from blip3o_fast.training.parts import Sized, Window, without_config
@@ -69,6 +69,7 @@ class BLIP3oTrainer(Trainer):
             )
         if args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns must be False: the batches are not forward()'s arguments")
+        fsdp.check_trainer(args, ema_decay)
         self.conditions, self.targets = conditions, targets
         self.order = SampleOrder(len(conditions), args.seed)
         self.loss_function = loss_function
@@ -288,6 +289,10 @@ class BLIP3oTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        target.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=True)
+        weights = read_weights(Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled:
+            fsdp.load_whole(target, weights)
+        else:
+            target.load_state_dict(weights, strict=True)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)

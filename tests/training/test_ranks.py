@@ -88,8 +88,9 @@ def test_fifty_steps_of_two_and_of_four_processes(embeddings, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_like_one_process(embeddings, alone, tmp_path):
-    runner = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision"]
-    runner += ["no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "blip3o_fast"]
+    # The line for GPUs: on a CPU, accelerate starts several processes by mpirun only.
+    runner = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    runner += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "blip3o_fast"]
     run(runner, flags(embeddings, tmp_path / "run", 2))
     assert_same_run(alone, tmp_path / "run")
 
