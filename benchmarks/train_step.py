@@ -160,7 +160,7 @@ def work(
         "ours, selective": on_triton(functools.partial(our_loss, selective), triton),
     }
     sample = inputs()
-    # What the selective mode keeps lies beside autograd, where saved_bytes does not look: see benchmarks/train_memory.py.
+    # What the selective mode keeps lies beside autograd, where saved_bytes does not look: train_memory measures it.
     kept = {
         name: saved_bytes(loss, Inputs(sample.args, read, sample.upstream))
         for name, loss in losses.items()

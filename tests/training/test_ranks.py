@@ -76,6 +76,13 @@ def test_torchrun_trains_like_one_process(embeddings, alone, tmp_path):
     assert_same_run(alone, tmp_path / "run")
 
 
+@pytest.mark.parametrize(("accumulate", "static"), [(1, True), (2, False)])
+def test_what_ddp_is_told(make_trainer, tmp_path, accumulate, static):
+    handler = make_trainer(tmp_path, gradient_accumulation_steps=accumulate).accelerator.ddp_handler
+    assert handler.gradient_as_bucket_view and not handler.find_unused_parameters
+    assert handler.static_graph is static
+
+
 @pytest.mark.slow
 def test_fifty_steps_of_two_and_of_four_processes(embeddings, tmp_path):
     run([sys.executable, "-m", "blip3o_fast"], flags(embeddings, tmp_path / "1", 4, max_steps=50))
