@@ -1,7 +1,8 @@
 """A training step: noise and x_t, forward, loss, backward, AdamW. Stock and its torch.compile beside ours.
 
 All providers have the same weights, batch, noise levels and noise; ours also with gradient checkpointing, which runs
-every block again in the backward and keeps only its input. The first call of each starts from the initial weights: its
+every block again in the backward and keeps only its input, and with its selective mode, which keeps the products'
+results too. The first call of each starts from the initial weights: its
 loss, gradients and updated weights are compared with the same step of diffusers' network in fp64.
 """
 
@@ -136,6 +137,8 @@ def work(
     stock.requires_grad_(True)
     slim = copy.copy(model)  # the same layers and parameters, with a switch of its own
     slim.gradient_checkpointing_enable()
+    selective = copy.copy(model)
+    selective.gradient_checkpointing_enable({"mode": "selective"})
     read = dict(model.named_parameters())
     read.pop("pad_token", None)
     initial = {name: p.detach().clone() for name, p in read.items()}
@@ -154,9 +157,15 @@ def work(
         "eager": functools.partial(stock_loss, stock),
         "ours": on_triton(functools.partial(our_loss, model), triton),
         "ours, checkpointing": on_triton(functools.partial(our_loss, slim), triton),
+        "ours, selective": on_triton(functools.partial(our_loss, selective), triton),
     }
     sample = inputs()
-    kept = {name: saved_bytes(loss, Inputs(sample.args, read, sample.upstream)) for name, loss in losses.items()}
+    # What the selective mode keeps lies beside autograd, where saved_bytes does not look: train_memory measures it.
+    kept = {
+        name: saved_bytes(loss, Inputs(sample.args, read, sample.upstream))
+        for name, loss in losses.items()
+        if name != "ours, selective"
+    }
     providers: dict[str, Any] = {name: Step(loss, read, initial) for name, loss in losses.items()}
     network = compiled(stock, device, whole=False) if compile else Absent("left out of this run")
     providers["compile"] = (
@@ -167,7 +176,7 @@ def work(
         suite="train_step",
         case={"batch": batch, "layers": config.num_layers, "width": config.hidden_size, "dtype": "float32"},
         inputs=inputs,
-        providers={name: providers[name] for name in ("eager", "compile", "ours", "ours, checkpointing")},
+        providers={name: providers[name] for name in ("eager", "compile", *list(losses)[1:])},
         gold=lambda given: exact(model, initial, given),
         judge=functools.partial(judge, names=list(read), initial=initial, dtype=torch.float32),
         # weights read twice, their gradient written and read, the two moments and the weights read and written

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
-from blip3o_fast.training import checkpoints, group, saving
+from blip3o_fast.training import checkpoints, fsdp, group, saving
 from blip3o_fast.training.clock import StepClock, StepCost
 from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
@@ -87,6 +87,7 @@ class BLIP3oTrainer(Trainer):
         if args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns must be False: the batches are not forward()'s arguments")
         check_optimizer(args.optim)
+        fsdp.check_trainer(args, ema_decay)
         self.conditions, self.targets = conditions, targets
         self.order = order_for(conditions, args.seed)
         self.replaced = 0  # pictures of bad shards, for which others stood (streaming with on_bad_shard="skip")
@@ -338,7 +339,11 @@ class BLIP3oTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        target.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=True)
+        weights = read_weights(Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled:
+            fsdp.load_whole(target, weights)
+        else:
+            target.load_state_dict(weights, strict=True)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
         saving.restore_state(Path(resume_from_checkpoint), self)

@@ -35,8 +35,9 @@ def test_a_training_step_is_right_by_fp64(step):
     rows = checked(step)
     assert {name: row["status"] for name, row in rows.items()} == {
         "eager": "ok", "compile": "absent", "ours": "ok", "ours, checkpointing": "ok",
+        "ours, selective": "ok",
     }  # fmt: skip
-    for name in ("eager", "ours", "ours, checkpointing"):
+    for name in ("eager", "ours", "ours, checkpointing", "ours, selective"):
         assert {"loss", "dlayers.0.attn1.to_q.weight", "dcaption_projection.linear_1.weight"} <= set(
             rows[name]["errors"]
         )
@@ -111,3 +112,14 @@ def test_wrong_samples_fail():
     assert wrong["ours"]["status"] == "FAILED" and "> " in wrong["ours"]["reason"]
     # a peer may be less exact, but not another sample
     assert wrong["compile"]["status"] == "FAILED" and "relative L2 error" in wrong["compile"]["reason"]
+
+
+def test_the_memory_of_a_training_step_falls_from_mode_to_mode(capsys):
+    from benchmarks import train_memory
+
+    train_memory.main(["--preset", "tiny", "--batch_size", "8", "--repeats", "1", "--precisions", "fp32", "bf16"])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[2].strip() for row in rows] == ["none", "selective", "block"] * 2
+    for first in (0, 3):
+        none, selective, block = (int(row[3]) for row in rows[first : first + 3])
+        assert none >= selective >= block > 0

@@ -79,6 +79,13 @@ def test_torchrun_trains_like_one_process(embeddings, alone, tmp_path):
         assert entry["slowest_rank"] in (0, 1) and 0 < entry["step_seconds"] <= entry["step_seconds_max"]
 
 
+@pytest.mark.parametrize(("accumulate", "static"), [(1, True), (2, False)])
+def test_what_ddp_is_told(make_trainer, tmp_path, accumulate, static):
+    handler = make_trainer(tmp_path, gradient_accumulation_steps=accumulate).accelerator.ddp_handler
+    assert handler.gradient_as_bucket_view and not handler.find_unused_parameters
+    assert handler.static_graph is static
+
+
 @pytest.mark.slow
 def test_fifty_steps_of_two_and_of_four_processes(embeddings, tmp_path):
     run([sys.executable, "-m", "blip3o_fast"], flags(embeddings, tmp_path / "1", 4, max_steps=50))
@@ -91,8 +98,9 @@ def test_fifty_steps_of_two_and_of_four_processes(embeddings, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_like_one_process(embeddings, alone, tmp_path):
-    runner = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision"]
-    runner += ["no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "blip3o_fast"]
+    # The line for GPUs: on a CPU, accelerate starts several processes by mpirun only.
+    runner = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    runner += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "blip3o_fast"]
     run(runner, flags(embeddings, tmp_path / "run", 2))
     assert_same_run(alone, tmp_path / "run")
 
