@@ -14,11 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .blocks import FeatureSet, open_features
+from .manifest import MANIFEST, Manifest
 
 # What one H100 trains at 55 % of its peak, a sample being 64 tokens of 1280 and of 768 in half precision.
 SAMPLES_PER_GPU = 1200
 _PICTURES = 8  # in the image of the grids
 _NORMS_KEPT = 200_000
+_ROWS = 64  # at once in float64
 
 
 @dataclass
@@ -29,43 +31,57 @@ class Side:
     dtypes: set[str] = field(default_factory=set)
     tokens: int = 0
     not_finite: list[str] = field(default_factory=list)  # keys
-    total: Tensor | None = None
-    squares: Tensor | None = None
-    norms: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)  # of the first `kept` tokens, for the figure
     kept: int = 0
+    norm_least: float = float("inf")
+    norm_most: float = 0.0
     first: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.mean, self.spread = torch.zeros(2, self.width, dtype=torch.float64)  # spread: the sum of squares around it
+        self.norm_sums = torch.zeros(2, dtype=torch.float64)  # of the norms and of their squares
 
     def add(self, features: Tensor, keys: list[str]) -> None:
         self.dtypes.add(str(features.dtype).removeprefix("torch."))
-        finite = torch.isfinite(features).flatten(1).all(dim=1)
-        self.not_finite += [key for key, good in zip(keys, finite.tolist(), strict=True) if not good]
-        features = features[finite].double()
+        for part, names in zip(features.split(_ROWS), (keys[i:] for i in range(0, len(keys), _ROWS)), strict=True):
+            finite = torch.isfinite(part).flatten(1).all(dim=1)
+            self.not_finite += [key for key, good in zip(names, finite.tolist(), strict=False) if not good]
+            if bool(finite.any()):
+                self._add(part[finite].double())
+
+    def _add(self, features: Tensor) -> None:
         flat = features.reshape(-1, self.width)
-        self.tokens += len(flat)
-        total, squares = flat.sum(0), flat.square().sum(0)
-        self.total = total if self.total is None else self.total + total
-        self.squares = squares if self.squares is None else self.squares + squares
+        mean, tokens = flat.mean(0), self.tokens + len(flat)
+        gap = mean - self.mean
+        # The moments of two sets put together: sums of squares alone lose the deviations of channels far from zero.
+        self.spread += (flat - mean).square().sum(0) + gap.square() * (self.tokens * len(flat) / tokens)
+        self.mean += gap * (len(flat) / tokens)
+        self.tokens = tokens
+        norms = flat.norm(dim=-1)
+        self.norm_sums += torch.stack([norms.sum(), norms.square().sum()])
+        self.norm_least, self.norm_most = (
+            min(self.norm_least, float(norms.min())),
+            max(self.norm_most, float(norms.max())),
+        )
         if self.kept < _NORMS_KEPT:
-            norms = flat.norm(dim=-1)[: _NORMS_KEPT - self.kept].float()
-            self.norms.append(norms)
-            self.kept += len(norms)
+            self.norms.append(norms[: _NORMS_KEPT - self.kept].float())
+            self.kept += len(self.norms[-1])
         if self.first is None or len(self.first) < _PICTURES:
             some = features[:_PICTURES].float()
             self.first = some if self.first is None else torch.cat([self.first, some])[:_PICTURES]
 
     def channels(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, float64 [width]."""
-        assert self.total is not None and self.squares is not None
-        mean = self.total / max(1, self.tokens)
-        return mean, (self.squares / max(1, self.tokens) - mean.square()).clamp(min=0).sqrt()
+        return self.mean, (self.spread / max(1, self.tokens)).sqrt()
 
     def lines(self, name: str) -> list[str]:
-        norms = torch.cat(self.norms) if self.norms else torch.zeros(1)
+        norm, squares = (self.norm_sums / max(1, self.tokens)).tolist()
         mean, deviation = self.channels()
         dead = int((deviation == 0).sum())
         return [
             f"{name:11} width {self.width}, stored as {', '.join(sorted(self.dtypes))}; token norms "
-            f"{norms.mean():.3g} +- {norms.std(unbiased=False):.2g} ({norms.min():.3g} to {norms.max():.3g})",
+            f"{norm:.3g} +- {max(0.0, squares - norm**2) ** 0.5:.2g} "
+            f"({min(self.norm_least, self.norm_most):.3g} to {self.norm_most:.3g})",
             f"            channels: means {mean.min():.3g} to {mean.max():.3g}, deviations {deviation.min():.3g} to "
             f"{deviation.max():.3g}" + (f"; {dead} never change" if dead else ""),
         ]
@@ -86,6 +102,7 @@ class Inspection:
     repeated_features: int
     bytes_read: int
     read_seconds: float
+    checksums: str
     faults: list[str]
 
     def __str__(self) -> str:
@@ -110,6 +127,7 @@ class Inspection:
             f"reading     {rate:.0f} MB/s from where it lies: {rate * 1e6 / (SAMPLES_PER_GPU * sample):.1f} GPUs at "
             f"{SAMPLES_PER_GPU} pictures/s each"
         )
+        lines.append(f"checksums   {self.checksums}")
         lines += [f"FAULT       {fault}" for fault in self.faults] or ["faults      none"]
         return "\n".join(lines)
 
@@ -130,7 +148,7 @@ def inspect_features(
     features = open_features(path)
     seconds, size = _read_speed(features.files)
     sides: tuple[Side, Side] | None = None
-    faults: list[str] = []
+    checksums, faults = _compare_checksums(features)
     shown: list[str] = []
     keys: collections.Counter[str] = collections.Counter()
     digests: collections.Counter[bytes] = collections.Counter()
@@ -165,13 +183,41 @@ def inspect_features(
             some = ", ".join(side.not_finite[:3]) + (" ..." if len(side.not_finite) > 3 else "")
             faults.append(f"{name}: NaN or Inf in {len(side.not_finite)} pictures ({some})")
     found = Inspection(
-        features, pictures, tokens, *sides, shown, without, _repeats(keys), _repeats(digests), size, seconds, faults
+        features,
+        pictures,
+        tokens,
+        *sides,
+        shown,
+        without,
+        _repeats(keys),
+        _repeats(digests),
+        size,
+        seconds,
+        checksums,
+        faults,
     )
     if figure is not None:
         from .inspection_plot import draw
 
         draw(found, Path(figure))
     return found
+
+
+def _compare_checksums(features: FeatureSet) -> tuple[str, list[str]]:
+    """What to say of the files' checksums, and what is wrong with them; a manifest is what `extract` writes."""
+    recorded = Manifest.read(features.path).shards if features.path.is_dir() else {}
+    if not recorded:
+        return "none recorded", []
+    faults = []
+    for path in features.files:
+        wanted = recorded.get(path.name, {}).get("sha256")
+        if wanted is None:
+            faults.append(f"{path}: {MANIFEST} does not list it")
+        elif path.is_file():  # if not, reading it says so
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+                    faults.append(f"{path}: its SHA-256 is not the one that {MANIFEST} records")
+    return f"{len(features.files) - len(faults)} of {len(features.files)} files as {MANIFEST} records them", faults
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -192,6 +238,7 @@ def _read_speed(files: list[Path], most: int = 1 << 30) -> tuple[float, int]:
             continue
         with open(path, "rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
+                os.fsync(file.fileno())  # what is not written yet is not let go
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             start = time.perf_counter()
             while piece := file.read(8 << 20):

@@ -163,8 +163,10 @@ def _torch_storage(data: Any) -> TensorStub:
     try:
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch refuses is refused here, with its reason
-        first_line = next(iter(str(error).splitlines()), "")
-        raise UnsafePickleError(f"torch storage that torch.load(weights_only=True) refuses: {first_line}") from error
+        reason = next(iter(str(error).splitlines()), "")
+        if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it asks for '{forbidden[1]}'"
+        raise UnsafePickleError(f"torch storage that torch.load(weights_only=True) refuses: {reason}") from error
     if not isinstance(storage, torch.storage.TypedStorage):
         raise UnsafePickleError(f"torch storage that holds a {type(storage).__name__}")
     return TensorStub(storage)

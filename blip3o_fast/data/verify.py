@@ -39,15 +39,19 @@ def verify_tar(path: str | Path) -> Contents:
                 body = tar.extractfile(member) if member.isreg() else None
                 while body is not None and body.read(1 << 20):
                     pass
+            end = tar.offset
     except (tarfile.TarError, EOFError, OSError) as error:
         where = f"after {names[-1]!r}, member {len(names)}" if names else "in its first header"
         raise ValueError(f"{path}: not a whole tar, it breaks off {where} ({error})") from error
+    last = f"; the last whole member is {names[-1]!r}" if names else ""
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - 2 * _BLOCK))
-        end = file.read()
-    if size % _BLOCK or len(end) < 2 * _BLOCK or any(end):
-        last = f"; the last whole member is {names[-1]!r}" if names else ""
+    if size % _BLOCK or size < end + 2 * _BLOCK:
         raise ValueError(f"{path}: not a whole tar, its end mark is missing after {size} bytes{last}")
+    # tarfile takes a damaged header for the end mark; that is zeros, and so is what follows it
+    with open(path, "rb") as file:
+        file.seek(end)
+        while rest := file.read(1 << 20):
+            if any(rest):
+                raise ValueError(f"{path}: not a whole tar, what stands at byte {end} is no header{last}")
     suffixes = [Path(name).suffix.lower() for name in names]
     return Contents(len(names), sum(s in EXTENSIONS for s in suffixes), sum(s == ".txt" for s in suffixes))

@@ -1,5 +1,6 @@
 """Converting between pickles, chunked pickles and shards; and what `inspect` says of each."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from blip3o_fast.cli import main
+from blip3o_fast.data import inspection
 from blip3o_fast.data.blocks import open_features
 from blip3o_fast.data.convert import convert
 from blip3o_fast.data.dataset import EmbeddingDataset
@@ -151,6 +153,46 @@ def test_inspect_finds_what_is_repeated_missing_and_damaged(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"FAULT       {shard}: not a whole safetensors file" in text
     assert "FAULT       8 pictures are listed, 5 could be read" in text
+
+
+def test_inspect_is_exact_far_from_zero_and_over_all_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "_NORMS_KEPT", 10)  # for the figure; what is printed is of all tokens
+    data = features(150)
+    data["eva_blip3o_embeddings"] = data["eva_blip3o_embeddings"].astype(numpy.float64) * 1e-3 + 1e5
+    data["eva_blip3o_embeddings"][149, 0] *= 7
+    found = inspect_features(write(tmp_path / "set.pkl", data)).condition
+    flat = data["eva_blip3o_embeddings"].astype(numpy.float32).astype(numpy.float64).reshape(-1, E)
+    numpy.testing.assert_allclose(found.channels()[0].numpy(), flat.mean(0), rtol=1e-13)
+    numpy.testing.assert_allclose(found.channels()[1].numpy(), flat.std(0), rtol=1e-9)
+    still = flat[:-TOKENS]  # without the large token: deviations of 1e-3 around 1e5
+    side = inspection.Side(E)
+    side.add(torch.from_numpy(still).reshape(-1, TOKENS, E), ["k"] * 149)
+    numpy.testing.assert_allclose(side.channels()[1].numpy(), still.std(0), rtol=1e-6)
+    norms = numpy.linalg.norm(flat, axis=1)
+    assert (found.kept, found.norm_least, found.norm_most) == (
+        10,
+        pytest.approx(norms.min()),
+        pytest.approx(norms.max()),
+    )
+    numpy.testing.assert_allclose((found.norm_sums / found.tokens)[0], norms.mean(), rtol=1e-12)
+
+
+def test_inspect_compares_checksums_with_the_manifest(tmp_path, capsys):
+    convert(write(tmp_path / "set.pkl", features(8)), tmp_path / "out", samples_per_shard=3)
+    assert inspect_features(tmp_path / "out").checksums == "none recorded"
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    about = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in shards}
+    manifest = {"manifest_version": 1, "sources": {}, "shards": about}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    found = inspect_features(tmp_path / "out")
+    assert (found.checksums, found.faults) == ("3 of 3 files as manifest.json records them", [])
+    data = bytearray(shards[1].read_bytes())
+    data[-2] ^= 1  # a bit of a number, which no reader would notice
+    shards[1].write_bytes(data)
+    assert main(["inspect", str(tmp_path / "out")]) == 1
+    text = capsys.readouterr().out
+    assert f"FAULT       {shards[1]}: its SHA-256 is not the one that manifest.json records" in text
+    assert "checksums   2 of 3 files" in text
 
 
 def test_the_figure(chunks, tmp_path):

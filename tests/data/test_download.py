@@ -309,6 +309,23 @@ def test_a_flipped_header_is_named(tmp_path):
         verify_tar(path)
 
 
+@pytest.mark.parametrize("member", range(1, 10))
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, member):
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w") as tar:
+        for k in range(10):
+            info = tarfile.TarInfo(f"{k}.jpg")
+            info.size = 700
+            tar.addfile(info, io.BytesIO(bytes(700)))
+    bent = bytearray(path.read_bytes())
+    bent[member * (512 + 1024) + 100] ^= 7  # in the header's mode
+    path.write_bytes(bent)
+    with pytest.raises(
+        ValueError, match=f"at byte {member * 1536} is no header; the last whole member is '{member - 1}.jpg'"
+    ):
+        verify_tar(path)
+
+
 def test_nothing_to_verify(tmp_path, capsys):
     assert main(["download", "--verify", "--output_dir", str(tmp_path)]) == 2
     assert "holds no .tar to verify" in capsys.readouterr().err

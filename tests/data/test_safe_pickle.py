@@ -3,22 +3,35 @@
 Every attack would create a marker file; `test_the_attacks_are_real` shows that they do under `pickle`.
 """
 
+import bdb
 import collections
 import copyreg
+import cProfile
+import functools
+import importlib
 import io
+import marshal
+import operator
 import os
 import pathlib
 import pickle
+import re
+import runpy
 import struct
 import subprocess
 import sys
+import timeit
+import trace
 
 import numpy as np
 import pytest
 import torch
+import torch.jit.unsupported_tensor_ops
+import torch.utils.collect_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip3o_fast.data.pickle_doors import DOORS
 from blip3o_fast.data.safe_pickle import UnsafePickleError, safe_load, safe_loads
 
 
@@ -136,6 +149,8 @@ class Call:
     def __reduce__(self):
         return self.parts
 
+    def __call__(self) -> None: ...  # so that pickle takes what a call returns for a function to call
+
 
 def short(text: str) -> bytes:
     return b"\x8c" + bytes([len(text)]) + text.encode()
@@ -205,15 +220,81 @@ def attacks(marker: str) -> dict[str, bytes]:
         b"(K\x03", short("|"), b"NNN", b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb",
         b"\x89]", stack_global("builtins", "exec"), short(touch), b"\x85Ratb",
     )  # fmt: skip
+    found |= gadgets(touch, shell, marker) | tricks_on_scanners(touch, shell)
+    return found
+
+
+def gadgets(touch: str, shell: str, marker: str) -> dict[str, bytes]:
+    """Functions that run or write something and that lists of forbidden names forgot, one after the other."""
+    code = marshal.dumps(compile(touch, "x", "exec"))
+    calls = {
+        "a code object": Call(runpy._run_code, Call(marshal.loads, code), {}),
+        "timeit": Call(timeit.timeit, "0", touch, timeit.default_timer, 1),
+        "cProfile": Call(cProfile.runctx, touch, {}, {}),
+        "bdb": Call(operator.methodcaller("run", touch, {}, {}), Call(bdb.Bdb)),
+        "trace": Call(operator.methodcaller("run", touch), Call(trace.Trace, 0, 0)),
+        "numpy's runstring": Call(np.testing.runstring, touch, {}),
+        "torch's execWrapper": Call(torch.jit.unsupported_tensor_ops.execWrapper, touch, {}, {}),
+        "torch's collect_env": Call(torch.utils.collect_env.run, shell),
+        "subprocess": Call(subprocess.check_output, ["touch", marker]),
+        "open": Call(open, marker, "w"),
+        "FileIO": Call(io.FileIO, marker, "w"),
+        "lazy map": Call(list, Call(map, exec, [touch])),
+        "sorted by exec": Call(operator.methodcaller("sort", key=exec), [touch]),
+        "partial": Call(Call(functools.partial, exec, touch)),
+        "attrgetter": Call(Call(operator.attrgetter("system"), Call(importlib.import_module, "os")), shell),
+        "defaultdict": Call(operator.getitem, Call(collections.defaultdict, Call(functools.partial, exec, touch)), 0),
+        "reduce": Call(functools.reduce, exec, [{}], touch),
+        "torch rebuild with a class": Call(torch._tensor._rebuild_from_type_v2, exec, type, (touch,), {}),
+    }
+    return {f"gadget: {name}": pickle.dumps(call) for name, call in calls.items()}
+
+
+def tricks_on_scanners(touch: str, shell: str) -> dict[str, bytes]:
+    """Streams that scanners of opcodes read otherwise than the machine does: the reader here is the machine."""
+    long = struct.pack("<Q", len(shell)) + shell.encode()
+    names = {
+        "names from the memo": short("system") + b"\x94" + short("posix") + b"\x940" + b"0h\x01h\x00\x93",
+        "names swapped in the memo": short("posix") + b"q\x05" + short("system") + b"q\x0600h\x05h\x06\x93",
+        "names as BINUNICODE8": b"\x8d" + struct.pack("<Q", 5) + b"posix\x8d" + struct.pack("<Q", 6) + b"system\x93",
+        "names as UNICODE": b"Vposix\nVsystem\n\x93",
+        "names as STRING": b"S'posix'\nS'system'\n\x93",
+        "noise between the names": short("posix") + short("system") + b"N0K\x010\x93",
+        "a dotted name": short("subprocess") + short("os.system") + b"\x93",
+    }
+    found = {
+        f"trick: {name}": program(head, short(shell), b"\x85R") for name, head in names.items() if "alias" not in name
+    }
+    found["trick: called by the import system"] = program(
+        b"cimportlib._bootstrap\n_call_with_frames_removed\n(cposix\nsystem\n\x8d", long, b"tR"
+    )
+    system = stack_global("posix", "system") + short(shell) + b"\x85R"
+    found["trick: broken after the call"] = b"\x80\x04" + system + b"\xff\xff\xff"
+    found["trick: no end"] = b"\x80\x04" + system
+    found["trick: a second pickle's start in the first"] = b"\x80\x04" + system + b"\x80\x02" + b"0N."
+    found["trick: a protocol that does not exist yet"] = b"\x80\x00" + system + b"."
+    found["trick: thrown away"] = program(system, b"0N")
+    found["trick: in a dict's key"] = program(b"}", system, b"K\x01s")
+    found["trick: behind a mark"] = program(b"(", system, b"1N")
     return found
 
 
 @pytest.mark.parametrize("name", sorted(attacks("x")))
 def test_attacks_are_refused_and_leave_no_marker(tmp_path: pathlib.Path, name: str) -> None:
     marker = tmp_path / "marker"
-    with pytest.raises(UnsafePickleError):
+    with pytest.raises(UnsafePickleError) as caught:
         safe_loads(attacks(str(marker))[name])
     assert not marker.exists()
+    # a global, an opcode, numpy's dtype of objects, or a zip, in which the names lie a level deeper
+    told = re.search(
+        r"asks for '([\w.]+)'|opcode [A-Z_0-9]+|numpy dtype 'O8'|storage that is not in torch's", str(caught.value)
+    )
+    assert told, f"does not say what is forbidden: {caught.value}"
+    assert tuple((told[1] or "").rsplit(".", 1)) not in DOORS
+
+
+def test_the_attacks_are_many() -> None:
+    assert len(attacks("x")) >= 20 + 3 * 5  # the first three are there in six protocols
 
 
 @pytest.mark.parametrize("name", sorted(attacks("x")))
@@ -470,3 +551,52 @@ def test_bent_pickles_give_data_or_a_value_error(data: bytes, changes: list[tupl
         safe_loads(bytes(bent))
     except ValueError:
         pass
+
+
+def mutated(data: bytes, other: bytes, random: np.random.Generator) -> bytes:
+    """One to four changes: a byte, a bit, a cut, a stretch twice, a stretch of another pickle, one more opcode."""
+    bent = bytearray(data)
+    for _ in range(random.integers(1, 5)):
+        at = int(random.integers(0, len(bent) + 1))
+        length = int(random.integers(1, 40))
+        match int(random.integers(0, 7)):
+            case 0:
+                bent[at : at + 1] = random.bytes(1)
+            case 1:
+                bent[at : at + 1] = bytes(byte ^ (1 << int(random.integers(0, 8))) for byte in bent[at : at + 1])
+            case 2:
+                del bent[at : at + length]
+            case 3:
+                bent[at:at] = bent[at : at + length]
+            case 4:
+                start = int(random.integers(0, len(other)))
+                bent[at:at] = other[start : start + length]
+            case 5:
+                bent[at:at] = OPCODES[int(random.integers(0, len(OPCODES)))]
+            case _:
+                del bent[at:]
+    return bytes(bent)
+
+
+OPCODES = [value for name in pickle.__all__ if isinstance(value := getattr(pickle, name), bytes)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch, on bent storages
+def test_fuzz(tmp_path: pathlib.Path) -> None:
+    """100,000 mutations of sound and of hostile pickles: data or a ValueError, and nothing runs."""
+    marker = tmp_path / "marker"
+    hostile = list(attacks(str(marker)).values())
+    random, counts = np.random.default_rng(0), collections.Counter[str]()
+    for _ in range(100_000):
+        pool = SOUND if random.random() < 0.5 else hostile
+        data = pool[int(random.integers(0, len(pool)))]
+        try:
+            safe_loads(mutated(data, hostile[int(random.integers(0, len(hostile)))], random))
+            counts["read as data"] += 1
+        except UnsafePickleError:
+            counts["refused"] += 1
+        except ValueError:
+            counts["not a whole pickle"] += 1
+    print(f"{counts.total()} mutations: {dict(counts)}; ran: {int(marker.exists())}")
+    assert counts.total() == 100_000 and not marker.exists() and min(counts.values()) > 500
