@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +23,7 @@ DATASETS = {
     "long-caption": "BLIP3o/BLIP3o-Pretrain-Long-Caption",
     "journeydb": "BLIP3o/BLIP3o-Pretrain-JourneyDB",
 }
+STAGING = ".incoming-"
 PAUSES = (1.0, 4.0, 16.0)  # seconds before each further try of a shard
 
 
@@ -108,7 +111,8 @@ def download(
     arrives under a name of its own and gets its final name when it is whole and its checksum is right.
     workers: transfers at once. say: takes a line per shard.
     Raises ValueError for a set, shard or folder that is not there, OSError where the hub cannot be reached, refuses, or
-    sends something else than it announced, naming the shard; what had arrived of it is kept for the next try.
+    sends something else than it announced, naming the shard. A connection that drops is taken up where it broke; a
+    command that was killed begins its unfinished shards again.
     """
     if workers < 1:
         raise ValueError(f"--workers must be a whole number >= 1, got {workers}")
@@ -117,8 +121,19 @@ def download(
         raise ValueError(f"--output_dir {folder} is a file; a folder is needed")
     wanted = chosen(list_shards(dataset, revision=revision), numbers, repo)
     stop = threading.Event()
-    with ThreadPoolExecutor(min(workers, len(wanted))) as pool:
-        jobs = [pool.submit(_fetch, repo, shard, folder, revision, force, quiet, stop, say) for shard in wanted]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside the final names: what lies under those is whole. What a killed command left there goes after a day.
+    for old in folder.glob(f"{STAGING}*"):
+        if time.time() - old.stat().st_mtime > 86400:
+            shutil.rmtree(old, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=STAGING, ignore_cleanup_errors=True) as staging,
+        ThreadPoolExecutor(min(workers, len(wanted))) as pool,
+    ):
+        jobs = [
+            pool.submit(_fetch, repo, shard, folder, Path(staging), revision, force, quiet, stop, say)
+            for shard in wanted
+        ]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:
@@ -136,6 +151,7 @@ def _fetch(
     repo: str,
     shard: Shard,
     folder: Path,
+    staging: Path,
     revision: str | None,
     force: bool,
     quiet: bool,
@@ -149,8 +165,6 @@ def _fetch(
         say(f"{shard.name}: there already, {shard.size / 1e6:.1f} MB")
         return path
     start = time.perf_counter()
-    # Beside the final name: what lies there under it is whole.
-    staging = folder / ".incoming"
     arrived = Path(
         _patiently(
             lambda: hf_hub_download(
