@@ -129,7 +129,8 @@ class MappedShards:
         batch = _stacked(views)
         if (bad := _not_finite(batch)) is not None:
             for i in bad.nonzero()[:, 0].tolist():
-                views[i] = self._instead(*places[i], self._row_error(*places[i], views[i]))
+                shard, row = places[i]
+                views[i] = self._instead(shard, row, self._row_error(shard, row, views[i]))
             batch = _stacked(views)
         return batch
 
