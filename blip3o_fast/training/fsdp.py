@@ -140,14 +140,15 @@ def save(
 
     extra: JSON values that `load` returns again (a scheduler's state, say).
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as write
 
     folder, main = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.unmark(folder)
-    writer, alone = dcp.FileSystemWriter(folder / SHARDS), not dist.is_initialized()
-    dcp.save(_tensors(model, optimizer, average), storage_writer=writer, no_dist=alone)
+    writer, alone = FileSystemWriter(folder / SHARDS), not dist.is_initialized()
+    write(_tensors(model, optimizer, average), storage_writer=writer, no_dist=alone)
     if main:
         checkpoints.write_json(folder / STATE_FILE, {"step": step, **(extra or {})})
         checkpoints.write_json(folder / "config.json", model.config.to_dict())  # type: ignore[union-attr, operator]
@@ -217,18 +218,19 @@ def _whole(folder: str | Path) -> Path:
 
 def _read(state: dict[str, Any], folder: Path) -> None:
     """Fill the tensors of ``state``, each rank its part."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta
+    from torch.distributed.checkpoint.state_dict_loader import load as read
 
     with (folder / SHARDS / ".metadata").open("rb") as file:
         index = _Index(file).load()
 
-    class Reader(dcp.FileSystemReader):
+    class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             index.storage_meta = StorageMeta(load_id=self.load_id)
             return index
 
-    dcp.load(state, storage_reader=Reader(folder / SHARDS), no_dist=not dist.is_initialized())
+    read(state, storage_reader=Reader(folder / SHARDS), no_dist=not dist.is_initialized())
 
 
 class _Index(pickle.Unpickler):
