@@ -89,19 +89,18 @@ class Manifest:
     def _carry_out(self, plan: dict[str, list[str | None]], parts: Parts) -> None:
         added: dict[str, tuple[str, int]] = {}  # shard -> source and part
         for source, names in plan.items():
-            entries = parts.entries(source)
-            for entry, name in zip(entries, names, strict=True):
+            about: dict[str, Any] = {"shards": [name for name in names if name], "pictures": 0, "skipped": 0}
+            for entry, name in zip(parts.entries(source), names, strict=True):
                 if name is not None:
                     _move(parts.shard(source, entry.part), self.folder / name)
-                    about = {"pictures": len(entry.rows), "bytes": entry.bytes, "sha256": entry.sha256}
-                    self.shards[name] = about | ({"int8": entry.int8} if entry.int8 else {})
+                    self.shards[name] = {"pictures": len(entry.rows), "bytes": entry.bytes, "sha256": entry.sha256}
+                    if entry.int8:
+                        self.shards[name]["int8"] = entry.int8
                     added[name] = source, entry.part
-            self.sources[source] = {
-                "stamp": asdict(entries[0].stamp),
-                "shards": [name for name in names if name],
-                "pictures": sum(len(entry.rows) for entry in entries),
-                "skipped": sum(len(entry.skipped) + entry.skipped_unnamed for entry in entries),
-            }
+                about["pictures"] += len(entry.rows)
+                about["skipped"] += len(entry.skipped) + entry.skipped_unnamed
+                about["stamp"] = asdict(entry.stamp)
+            self.sources[source] = about
         self._write_index(added, parts)
         self._write_skipped(set(plan), parts)
         self._write()

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .images import Source
 from .shards import write_text
 
 PARTS = "parts"
@@ -91,15 +91,16 @@ class Parts:
                 return part, True
         return part, False
 
-    def entries(self, source: Source | str) -> list[Entry]:
-        """All entries of a source that is done; ``FileNotFoundError`` where another process has just cleared them."""
-        name, found = source if isinstance(source, str) else source.name, list[Entry]()
-        while not found or not found[-1].last:
-            entry = self.read(name, len(found))
+    def entries(self, source: str) -> Iterator[Entry]:
+        """The entries of a source that is done, one at a time; ``FileNotFoundError`` where another process has just
+        cleared them."""
+        last, part = False, 0
+        while not last:
+            entry = self.read(source, part)
             if entry is None:
-                raise FileNotFoundError(f"{self.folder}: no entry {len(found)} of {name}")
-            found.append(entry)
-        return found
+                raise FileNotFoundError(f"{self.folder}: no entry {part} of {source}")
+            yield entry
+            last, part = entry.last, part + 1
 
     def clear(self, sources: list[str]) -> None:
         """Remove what is left of sources whose shards are in place, and the folder once it is empty."""
