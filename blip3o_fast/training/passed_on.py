@@ -54,6 +54,9 @@ REFUSED = {
     "do_train": "`blip3o-fast train` trains and evaluates",
     "do_eval": "`blip3o-fast train` trains and evaluates",
     "do_predict": "`blip3o-fast sample` predicts",
+    "fsdp": "a sharded run is a loop of your own, with blip3o_fast.training.fsdp (docs/training.md)",
+    "fsdp_config": "a sharded run is a loop of your own, with blip3o_fast.training.fsdp (docs/training.md)",
+    "deepspeed": "it could not be tested; what ZeRO does, blip3o_fast.training.fsdp does (docs/training.md)",
     "local_rank": "torchrun says which process this is",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_fast.data.shards import META, read_meta
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
@@ -36,6 +37,7 @@ class Data:
     checksum: int  # of some raw training pictures
     keys: list[str] | None = None  # names of the training pictures
     raw_names: list[str] | None = None  # of raw_targets: caption and key
+    made_by: dict[str, dict[str, Any]] | None = None  # the encoders of both sides, as the folder says
 
     def describe(self) -> dict[str, Any]:
         """For run.json: enough to notice that a continued run got other data."""
@@ -45,6 +47,7 @@ class Data:
             "condition_shape": list(self.conditions.shape[1:]),
             "target_shape": list(self.targets.shape[1:]),
             "checksum": self.checksum,
+            "made_by": self.made_by,
         }
 
 
@@ -78,10 +81,25 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
     fit on another number of threads differs in its last bits) that one is used, none is fitted. Otherwise, as in
     `EmbeddingDataset`, statistics come from the whole train split, also where ``subset_size`` keeps a part of it.
     """
+    data = (
+        _streamed_data(settings, normalizer)
+        if streamed.is_streamed(settings)
+        else _data_in_memory(settings, normalizer)
+    )
+    data.made_by = _made_by(Path(settings.embeddings_path))
+    return data
+
+
+def _made_by(folder: Path) -> dict[str, dict[str, Any]] | None:
+    if not (folder / META).is_file():
+        return None
+    meta = read_meta(folder)
+    return {"condition": dataclasses.asdict(meta.condition), "target": dataclasses.asdict(meta.target)}
+
+
+def _data_in_memory(settings: TrainSettings, normalizer: FeatureNormalizers | None) -> Data:
     from blip3o_fast.data.dataset import EmbeddingDataset
 
-    if streamed.is_streamed(settings):
-        return _streamed_data(settings, normalizer)
     # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
     train, held_out = EmbeddingDataset.splits(
         settings.embeddings_path, eval_split=settings.eval_split, split_by=settings.split_rule()
@@ -286,6 +304,7 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
             f"data        {len(data.conditions)} training and {len(data.held_out_conditions)} held-out pictures, "
             f"condition {list(data.conditions.shape[1:])}, target {list(data.targets.shape[1:])} "
             f"(normalize {target.spec}, {100 * target.explained_variance:.0f} % of the variance)",
+            *_features_lines(data),
             f"batch       {effective} = {settings.batch_size} x {settings.gradient_accumulation_steps} accumulated "
             f"x {world} processes",
             f"steps       {steps} ({steps * effective / len(data.conditions):.1f} epochs), "
@@ -294,3 +313,12 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
             f"output      {Path(settings.output_dir)}",
         ]
     )
+
+
+def _features_lines(data: Data) -> list[str]:
+    """What made the features: two lines, or none where the file does not say."""
+    lines = []
+    for side, info in (data.made_by or {}).items():
+        more = "; ".join(str(info[name]) for name in ("revision", "tower", "preprocessing", "pooling") if info[name])
+        lines.append(f"{side:11} {info['name']}" + (f" ({more})" if more else ""))
+    return lines
