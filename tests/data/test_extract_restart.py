@@ -317,6 +317,7 @@ def memory(folder: Path, count: int) -> list[int]:
                 member = tarfile.TarInfo(f"{i:07d}.png")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+                tar.members.clear()  # else they are in the memory that the run below is forked with
         options = {"dims": (256, 128), "samples_per_shard": 250, "batch_size": 50}
         pid = forked(lambda path=path, options=options: run(path, path.parent / "out", **options))
         _, status, usage = os.wait4(pid, 0)
