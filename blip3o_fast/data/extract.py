@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from blip3o_fast.models.device_flops import peak_of
+
 from .encoders import TOKENS, Encoder, encoder_info, load_encoder
 from .images import Picture, Source, find_sources
 from .int8_report import measure, summary
@@ -30,7 +32,7 @@ from .ranks import Share, this_share
 from .shards import INDEX, META, Meta, claim_folder, drop_all, read_meta
 from .skipped import MAX_NAME, Skipped
 from .stored import DTYPES, quantize, save_sides
-from .throughput import Progress, check_precision, flops_per_picture, peak_flops
+from .throughput import Progress, check_precision, flops_per_picture
 
 FORMATS = ("shards", "pickle")
 _MERGE_SHARE = 20  # while it runs, a process alone lists what is done, in at most 1/20 of its time
@@ -175,7 +177,7 @@ def extract(
     made = 0
     if missing and sides is not None:
         hide = quiet if quiet is not None else share.rank > 0 or not sys.stderr.isatty()
-        shown_flops = (0, None) if hide else (flops_per_picture(sides), peak_flops(place, computing))
+        shown_flops = (0, None) if hide else (flops_per_picture(sides), peak_of(place, computing).flops)
         progress = Progress(
             missing, limit, quiet=hide, on_cpu=place.type == "cpu", yes=yes, flops=shown_flops[0], peak=shown_flops[1]
         )

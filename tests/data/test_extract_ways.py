@@ -24,8 +24,10 @@ from blip3o_fast.data.preprocessing import Preprocessing
 from blip3o_fast.data.ranks import Share, this_share
 from blip3o_fast.data.reader import open_conditions
 from blip3o_fast.data.shards import EncoderInfo, read_shards
+from blip3o_fast.data.skipped import Skipped
 from blip3o_fast.data.stored import quantize, to_float
-from blip3o_fast.data.throughput import Progress, flops_per_picture, peak_flops
+from blip3o_fast.data.throughput import Progress, flops_per_picture
+from blip3o_fast.models.device_flops import peak_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,7 +143,7 @@ def test_bad_shares_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flops_peak_and_the_bar(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # a convolution with 4 x 4 patches: 8 x 8 places, dim outputs, 48 products each, 2 operations per product
     assert flops_per_picture((encoder(6), encoder(5))) == 2 * 64 * 48 * (6 + 5)
-    peak = peak_flops(torch.device("cpu"), torch.float32)
+    peak = peak_of(torch.device("cpu")).flops
     assert peak is not None and 1e8 < peak < 1e14
     run(tars, tmp_path / "out", quiet=False)
     shown = capsys.readouterr().err
@@ -168,7 +170,7 @@ def test_the_estimate_counts_pictures_by_bytes(tars: Path) -> None:
     sources = find_sources(tars)
     progress = Progress(sources, None, quiet=True, on_cpu=False, yes=True)
     assert progress.total() is None
-    some = list(sources[0].pictures(None))[:3]  # type: ignore[arg-type]
+    some = list(sources[0].pictures(Skipped()))[:3]
     progress.update(some, 3)
     assert math.isclose(progress.total() or 0, 12, abs_tol=5)
     assert Progress(sources, 2, quiet=True, on_cpu=False, yes=True).total() is None
