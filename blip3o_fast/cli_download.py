@@ -40,6 +40,10 @@ def download(
     """
     from blip3o_fast.data import download as work
 
+    if shard is not None and shards != "0":
+        raise ValueError(f"--shard {shard} and --shards {shards}: give one of them")
+    if data_dir is not None and output_dir not in (Path("data"), data_dir):
+        raise ValueError(f"--output_dir {output_dir} and --data_dir {data_dir}: give one of them")
     folder = output_dir if data_dir is None else data_dir
     if files and not verify:
         raise ValueError(f"{files[0]}: files are for --verify; a set is chosen by --dataset and --shards")
@@ -56,7 +60,7 @@ def download(
     paths = work.download(
         dataset, which, folder, force=force, workers=workers, revision=revision, quiet=quiet, say=typer.echo
     )
-    typer.echo(f"{len(paths)} shards in {folder}; next: blip3o-fast extract {folder}")
+    typer.echo(f"{len(paths)} shards in {folder}; next: blip3o-fast extract --images {folder}")
 
 
 def _verify(paths: list[Path], folder: Path) -> int:

@@ -19,10 +19,11 @@ from typing import IO, Any
 from blip3o_fast import __version__
 from blip3o_fast.files import replacing
 
-from .parts import Entry, Parts
+from .parts import Entry, Parts, Stamp
 from .shards import INDEX, META, Row, shard_name, write_text
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
+NO_CAPTION = "no caption; its features were taken"
 _PLAN = "plan.json"
 _VERSION = 1
 
@@ -60,6 +61,9 @@ class Manifest:
             return False
         files = ((self.folder / name, self.shards[name]["bytes"]) for name in source["shards"])
         return all(path.is_file() and path.stat().st_size == size for path, size in files)
+
+    def stamps(self) -> Iterator[Stamp]:
+        return (Stamp(**source["stamp"]) for source in self.sources.values())
 
     def add(self, sources: list[str], parts: Parts) -> None:
         """Take in the parts of sources that are done."""
@@ -163,6 +167,9 @@ class Manifest:
                     lines = [{"source": name, "key": key, "reason": reason} for key, reason in entry.skipped]
                     if entry.skipped_unnamed:
                         lines.append({"source": name, "key": "", "reason": f"{entry.skipped_unnamed} more, not listed"})
+                    lines += [
+                        {"source": name, "key": key, "reason": NO_CAPTION} for key, text in entry.rows if not text
+                    ]
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 while ahead is not None and ahead[0] == name:
                     file.write(ahead[1])

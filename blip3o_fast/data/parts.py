@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ class Stamp:
     precision: str
     samples_per_shard: int
     encoders: str
+
+    def unlike(self, there: Stamp) -> str:
+        """The first setting in which features that are there differ from what is asked for; "" where none does."""
+        for name in ("dtype", "precision", "limit", "samples_per_shard"):
+            found, asked = getattr(there, name), getattr(self, name)
+            if found != asked:
+                return f"{self.source} with {name} {found}, asked for {asked}"
+        return ""
 
 
 @dataclass
@@ -90,6 +99,10 @@ class Parts:
             if entry.last:
                 return part, True
         return part, False
+
+    def stamps(self, sources: list[Source]) -> Iterator[Stamp]:
+        """Of the sources that are begun."""
+        return (entry.stamp for source in sources if (entry := self.read(source.name, 0)) is not None)
 
     def entries(self, source: Source | str) -> list[Entry]:
         """All entries of a source that is done; ``FileNotFoundError`` where another process has just cleared them."""

@@ -151,8 +151,13 @@ class ShardWriter:
         captions: Sequence[str],
         source: str,
         extra: Mapping[str, str] | None = None,
+        *,
+        listed: bool = True,
     ) -> Path:
-        """Write shard ``number`` (condition ``[n, T, E]``, target ``[n, T, C]``), then list it in the index."""
+        """Write shard ``number`` (condition ``[n, T, E]``, target ``[n, T, C]``), then list it in the index.
+
+        listed: False leaves the index to a call of `write_index` at the end: until then the folder holds no set.
+        """
         name = shard_name(number)
         path = self.folder / name
         if not len(condition) == len(target) == len(keys) == len(captions):
@@ -160,7 +165,8 @@ class ShardWriter:
             raise ValueError(f"{path}: {counts} conditions, targets, keys and captions; they must be as many")
         save_sides(path, condition, target, self.meta, extra or {})
         self.rows[name] = [Row(k, c, name, i, source) for i, (k, c) in enumerate(zip(keys, captions, strict=True))]
-        self.write_index()
+        if listed:
+            self.write_index()
         return path
 
     def drop(self, names: Sequence[str]) -> None:

@@ -329,5 +329,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, member):
 def test_nothing_to_verify(tmp_path, capsys):
     assert main(["download", "--verify", "--output_dir", str(tmp_path)]) == 2
     assert "holds no .tar to verify" in capsys.readouterr().err
+    for flags in (["--shard", "1", "--shards", "2"], ["--data_dir", "a", "--output_dir", "b"]):
+        assert main(["download", *flags]) == 2 and "give one of them" in capsys.readouterr().err
     assert main(["download", str(tmp_path / "a.tar")]) == 2
     assert "files are for --verify" in capsys.readouterr().err
