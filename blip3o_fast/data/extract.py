@@ -238,7 +238,7 @@ def _source(
     aside = Skipped()  # what the reader of the tar passes over
     pictures = islice(_tolerant(source, aside), stamp.limit)
     part = parts.done(stamp)[0]
-    before = [parts.read(source.name, done) for done in range(part)]
+    before = sum(len(entry.rows) for done in range(part) if (entry := parts.read(source.name, done)))
     for _ in islice(pictures, part * stamp.samples_per_shard):
         progress.passed()
     ahead = next(pictures, None)
@@ -267,7 +267,7 @@ def _source(
             entry.bytes, entry.sha256 = path.stat().st_size, sha256_of(path)
         parts.write(entry)
         made, part = made + len(entry.rows), part + 1
-    return sum(len(entry.rows) for entry in before if entry is not None), made
+    return before, made
 
 
 def _tolerant(source: Source, aside: Skipped) -> Iterator[Picture]:

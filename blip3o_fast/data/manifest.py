@@ -93,19 +93,17 @@ class Manifest:
     def _carry_out(self, plan: dict[str, list[str | None]], parts: Parts) -> None:
         added: dict[str, tuple[str, int]] = {}  # shard -> source and part
         for source, names in plan.items():
-            entries = parts.entries(source)
-            for entry, name in zip(entries, names, strict=True):
+            done: dict[str, Any] = {"shards": [name for name in names if name], "pictures": 0, "skipped": 0}
+            for entry, name in zip(parts.entries(source), names, strict=True):
+                done["stamp"] = asdict(entry.stamp)
+                done["pictures"] += len(entry.rows)
+                done["skipped"] += len(entry.skipped) + entry.skipped_unnamed
                 if name is not None:
                     _move(parts.shard(source, entry.part), self.folder / name)
                     about = {"pictures": len(entry.rows), "bytes": entry.bytes, "sha256": entry.sha256}
                     self.shards[name] = about | ({"int8": entry.int8} if entry.int8 else {})
                     added[name] = source, entry.part
-            self.sources[source] = {
-                "stamp": asdict(entries[0].stamp),
-                "shards": [name for name in names if name],
-                "pictures": sum(len(entry.rows) for entry in entries),
-                "skipped": sum(len(entry.skipped) + entry.skipped_unnamed for entry in entries),
-            }
+            self.sources[source] = {name: done[name] for name in ("stamp", "shards", "pictures", "skipped")}
         self._write_index(added, parts)
         self._write_skipped(set(plan), parts)
         self._write()

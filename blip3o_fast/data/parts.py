@@ -9,6 +9,7 @@ process, so processes that share the folder need no locks.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -104,15 +105,19 @@ class Parts:
         """Of the sources that are begun."""
         return (entry.stamp for source in sources if (entry := self.read(source.name, 0)) is not None)
 
-    def entries(self, source: Source | str) -> list[Entry]:
-        """All entries of a source that is done; ``FileNotFoundError`` where another process has just cleared them."""
-        name, found = source if isinstance(source, str) else source.name, list[Entry]()
-        while not found or not found[-1].last:
-            entry = self.read(name, len(found))
+    def entries(self, source: Source | str) -> Iterator[Entry]:
+        """The entries of a source that is done, one at a time: a tar may hold millions of captions.
+
+        ``FileNotFoundError`` where another process has just cleared them.
+        """
+        name = source if isinstance(source, str) else source.name
+        for part in itertools.count():
+            entry = self.read(name, part)
             if entry is None:
-                raise FileNotFoundError(f"{self.folder}: no entry {len(found)} of {name}")
-            found.append(entry)
-        return found
+                raise FileNotFoundError(f"{self.folder}: no entry {part} of {name}")
+            yield entry
+            if entry.last:
+                return
 
     def clear(self, sources: list[str]) -> None:
         """Remove what is left of sources whose shards are in place, and the folder once it is empty."""
