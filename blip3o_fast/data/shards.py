@@ -46,6 +46,10 @@ class EncoderInfo:
     preprocessing: str = ""
     pooling: str = ""
 
+    def __str__(self) -> str:
+        made = "; ".join(text for text in (self.revision, self.tower, self.preprocessing, self.pooling) if text)
+        return self.name + (f" ({made})" if made else "")
+
 
 @dataclass(frozen=True)
 class Meta:
@@ -128,7 +132,7 @@ class ShardWriter:
         for row in read_index(self.folder) if (self.folder / INDEX).exists() else []:
             self.rows.setdefault(row.shard, []).append(row)
 
-    def header(self, name: str) -> dict[str, str] | None:
+    def header(self, name: str) -> dict[str, Any] | None:
         """The ``extra`` given to `write` for a shard that is whole, else None (write it again)."""
         from safetensors import SafetensorError, safe_open
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_fast.data.shards import META, read_meta
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.normalizer import FeatureNormalizers
@@ -276,6 +277,9 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     average = f"decay {settings.ema_decay:g}, fp32, {parameters * 4 / 2**20:.0f} MB" if settings.ema_decay else "off"
     target = data.normalizer.target
+    folder = Path(settings.embeddings_path)
+    meta = read_meta(folder) if (folder / META).is_file() else None
+    made = [f"features    condition: {meta.condition}", f"            target: {meta.target}"] if meta else []
     return "\n".join(
         [
             f"device      {name}" + (f", {world} processes" if world > 1 else ""),
@@ -286,6 +290,7 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
             f"data        {len(data.conditions)} training and {len(data.held_out_conditions)} held-out pictures, "
             f"condition {list(data.conditions.shape[1:])}, target {list(data.targets.shape[1:])} "
             f"(normalize {target.spec}, {100 * target.explained_variance:.0f} % of the variance)",
+            *made,
             f"batch       {effective} = {settings.batch_size} x {settings.gradient_accumulation_steps} accumulated "
             f"x {world} processes",
             f"steps       {steps} ({steps * effective / len(data.conditions):.1f} epochs), "
