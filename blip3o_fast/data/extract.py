@@ -156,8 +156,7 @@ def extract(
         for left in folder.glob(".*.json*.*"):
             left.unlink(missing_ok=True)
     parts = Parts(folder)
-    manifest = Manifest.read(folder)
-    manifest.roll_forward(parts)
+    manifest = Manifest.continued(folder, parts)
     foreign = sorted(set(manifest.sources) - set(stamps))
     if foreign and not overwrite:
         shown = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")

@@ -54,6 +54,21 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a manifest of this version ({error!r})") from error
 
+    @classmethod
+    def continued(cls, folder: Path, parts: Parts) -> Manifest:
+        """The same, once an `add` that was interrupted is finished."""
+        for last in (False, False, True):
+            manifest = cls.read(folder)
+            try:
+                manifest.roll_forward(parts)
+                break
+            except (
+                FileNotFoundError
+            ):  # another process was at it, and has cleared the parts since the manifest was read
+                if last:
+                    raise
+        return manifest
+
     def __contains__(self, stamp: Any) -> bool:
         """Whether a source is done as the stamp says, with every shard in its place at its full size."""
         source = self.sources.get(stamp.source)

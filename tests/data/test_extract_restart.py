@@ -27,6 +27,7 @@ from torch import nn
 from blip3o_fast.data.encoders import Encoder
 from blip3o_fast.data.extract import Extraction, extract
 from blip3o_fast.data.images import Picture, write_tars
+from blip3o_fast.data.manifest import Manifest
 from blip3o_fast.data.preprocessing import Preprocessing
 from blip3o_fast.data.shards import EncoderInfo, read_index, read_shards
 
@@ -121,6 +122,20 @@ def test_manifest_index_and_skipped(tars: Path, tmp_path: Path) -> None:
         "meta.json",
         "skipped.jsonl",
     ]
+
+
+def test_beginning_while_another_process_finishes(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is read before the other process has written it, the plan after, the entries when they are gone."""
+    out = tmp_path / "out"
+    run(tars, out)
+    before, reads = content(out), [Manifest(out)]
+    (out / "parts").mkdir()
+    plan = {name: source["shards"] for name, source in Manifest.read(out).sources.items()}
+    (out / "parts" / "plan.json").write_text(json.dumps(plan))
+    later = Manifest.read
+    monkeypatch.setattr(Manifest, "read", lambda folder: reads.pop() if reads else later(folder))
+    assert run(tars, out).pictures == 0 and not reads
+    assert content(out) == before
 
 
 def test_interrupted_before_every_rename(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
