@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from tqdm import tqdm
 
 from .blocks import FeatureSet, open_features
 from .pickle_output import PICKLE, write_pickle
-from .shards import ShardWriter, shard_name
+from .shards import ShardWriter, shard_name, write_text
+from .splits import RULE_FILE, default_rule
 from .stored import DTYPES
 
 FORMATS = ("shards", "pickle")
@@ -35,7 +37,8 @@ def convert(
     that gets ``blip3o_grid_embeddings.pkl``. samples_per_shard: pictures of one shard. dtype: float32, float16 or
     bfloat16 on disk; None: as stored, and int8 as float32. A pickle is always float32.
     Shards are written one at a time, and a source of shards or chunks is read one at a time. A single pickle is read
-    whole, and written from memory. The index comes last: what a killed conversion leaves is no set that can be read.
+    whole, and written from memory. Shards hold out the pictures that their source does, by a ``split.json`` where their
+    size says otherwise. The index comes last: what a killed conversion leaves is no set that can be read.
     Raises ValueError or FileNotFoundError naming the argument or the file; then nothing of the conversion is left.
     """
     if format not in FORMATS:
@@ -51,7 +54,11 @@ def convert(
         raise ValueError(f"--output {target} exists and is not an empty folder; choose another one")
     made = not target.exists()
     try:
-        return _to_shards(features, target, samples_per_shard, None if dtype is None else FLOATS[dtype], quiet)
+        count = _to_shards(features, target, samples_per_shard, None if dtype is None else FLOATS[dtype], quiet)
+        rule = default_rule(source)
+        if rule != default_rule(target):  # a set must not change its held-out pictures with its size on disk
+            write_text(target / RULE_FILE, json.dumps({"rule": rule}) + "\n")
+        return count
     except BaseException:
         for left in target.iterdir() if target.is_dir() else ():  # it was empty before
             left.unlink()

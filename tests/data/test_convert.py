@@ -93,6 +93,21 @@ def test_chunks_become_one_pickle_that_trains(chunks, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.pkl", "chunks"], "no temporary folder is left"
 
 
+def test_the_split_survives(chunks, tmp_path, monkeypatch):
+    convert(chunks, tmp_path / "small", dtype="float32")
+    assert not (tmp_path / "small" / "split.json").exists()
+    (tmp_path / "small" / "split.json").write_text('{"rule": "hash"}')
+    convert(tmp_path / "small", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "split.json").read_text()) == {"rule": "hash"}
+    # halved on the way, so that by its size alone it would be split otherwise
+    (tmp_path / "small" / "split.json").unlink()
+    size = sum(path.stat().st_size for path in (tmp_path / "small").glob("shard*"))
+    monkeypatch.setattr("blip3o_fast.data.splits.LARGE", size - 1)
+    convert(tmp_path / "small", tmp_path / "half", dtype="bfloat16")
+    before, after = (EmbeddingDataset(tmp_path / name, split="eval", eval_split=0.3) for name in ("small", "half"))
+    assert before.keys == after.keys and json.loads((tmp_path / "half" / "split.json").read_text())["rule"] == "hash"
+
+
 def test_half_precision_on_disk(chunks, tmp_path):
     convert(chunks, tmp_path / "half", dtype="bfloat16")
     assert torch.equal(read_shards(tmp_path / "half").condition, expected()[0].bfloat16().float())
