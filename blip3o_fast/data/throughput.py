@@ -61,8 +61,8 @@ class Progress:
         """Pictures in all sources; of tars estimated by the bytes of those read so far, None before the first."""
         count = 0
         for source in self._sources:
-            if source.files:
-                some = len(source.files)
+            if source.count is not None:
+                some = source.count
             elif self._done:
                 some = round(source.path.stat().st_size / (self._bytes / self._done))
             else:

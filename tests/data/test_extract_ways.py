@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import runpy
 import stat
 import subprocess
 import sys
@@ -18,13 +19,12 @@ from torch import nn
 from blip3o_fast.data import throughput
 from blip3o_fast.data.encoders import Encoder
 from blip3o_fast.data.extract import extract
-from blip3o_fast.data.images import Picture, find_sources, write_tars
+from blip3o_fast.data.images import Picture, Skipped, find_sources, write_tars
 from blip3o_fast.data.int8_report import measure
 from blip3o_fast.data.preprocessing import Preprocessing
 from blip3o_fast.data.ranks import Share, this_share
 from blip3o_fast.data.reader import open_conditions
 from blip3o_fast.data.shards import EncoderInfo, read_shards
-from blip3o_fast.data.skipped import Skipped
 from blip3o_fast.data.stored import quantize, to_float
 from blip3o_fast.data.throughput import Progress, flops_per_picture
 from blip3o_fast.models.device_flops import peak_of
@@ -128,6 +128,27 @@ def test_shares(variables: dict[str, str], share: Share, monkeypatch: pytest.Mon
     assert this_share() == share
     items = list(range(30))
     assert sorted(sum((Share(r, share.world).of(items) for r in range(share.world)), [])) == items
+
+
+def test_a_task_of_datatrove_is_one_process_of_its_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """datatrove's Slurm executor counts its array in the rank: with the array counted again most tars were nobody's."""
+    from types import ModuleType
+
+    for name in ("datatrove", "datatrove.executor", "datatrove.pipeline", "datatrove.pipeline.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("LocalPipelineExecutor", "SlurmPipelineExecutor"):
+        setattr(sys.modules["datatrove.executor"], name, object)
+    sys.modules["datatrove.pipeline.base"].PipelineStep = object  # type: ignore[attr-defined]
+    example = runpy.run_path(str(ROOT / "examples" / "extract_datatrove.py"))
+    shares = []
+    monkeypatch.setattr("blip3o_fast.data.extract.extract", lambda **settings: shares.append(this_share()))
+    for rank in range(4):
+        for name, value in {"ID": rank, "MIN": 0, "MAX": 3, "COUNT": 4}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.setenv(name, "")  # so that they are put back
+        assert list(example["Extract"]().run(None, rank=rank, world_size=4)) == []
+    assert shares == [Share(rank, 4, 0) for rank in range(4)]
 
 
 def test_bad_shares_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
