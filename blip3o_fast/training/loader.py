@@ -57,11 +57,17 @@ def _is_dead_worker(error: Exception) -> bool:
 
 
 def _has_dead_worker(batches: Any, error: Exception) -> bool:
-    """Whether a process of this iteration is gone. Reading from one that is says anything; a connection that is reset or
-    ends means one, although the system may still call it alive.
+    """Whether a process of this iteration is gone. Reading from one that is says anything; a connection that is reset
+    or ends means one, although the system may still call it alive.
     """
     workers = getattr(batches, "_workers", ())
     lost = bool(workers) and isinstance(error, ConnectionError | EOFError)
+    try:  # torch's signal handler speaks once the process is buried: here, and not later, wherever the program then is
+        for worker in workers if lost else ():
+            worker.join(2)
+    except RuntimeError as spoken:
+        if not _is_dead_worker(spoken):
+            raise
     return lost or any(not worker.is_alive() for worker in workers)
 
 
