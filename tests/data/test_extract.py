@@ -384,6 +384,10 @@ def test_bad_arguments_are_refused_before_anything_is_made(tmp_path: Path, tars:
         ({"device": "tpu9"}, "device: got 'tpu9'; allowed are 'auto'"),
         ({"device": "cuda:99"}, "device: got 'cuda:99'; this machine shows"),
         ({"condition_encoder": "vgg"}, "encoder: got 'vgg'; allowed are efficientnet-lite0"),
+        (
+            {"condition_encoder": "efficientnet-lite0", "trust_remote_code": True},
+            "trust_remote_code: only eva-clip-8b has code",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             extract(tars, tmp_path / "out", **options)
