@@ -81,6 +81,7 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
     """
     from blip3o_fast.data.dataset import EmbeddingDataset
 
+    streamed.tell_other_rule(settings)
     if streamed.is_streamed(settings):
         return _streamed_data(settings, normalizer)
     # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
