@@ -117,6 +117,8 @@ def extract(
     the disk is full, and ``ValueError`` where no picture at all can be read.
     """
     _check(batch_size, workers, dtype, format, limit, samples_per_shard)
+    if trust_remote_code and "eva-clip-8b" not in (condition_encoder, target_encoder):
+        raise ValueError("trust_remote_code: only eva-clip-8b has code of its own to run; leave it out")
     share = this_share()
     place = _device(device, share)
     computing = check_precision(precision, place)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .blocks import FeatureSet, open_features
 from .manifest import MANIFEST, Manifest
+from .stored import stored_dtypes
 
 # What one H100 trains at 55 % of its peak, a sample being 64 tokens of 1280 and of 768 in half precision.
 SAMPLES_PER_GPU = 1200
@@ -41,8 +42,8 @@ class Side:
         self.mean, self.spread = torch.zeros(2, self.width, dtype=torch.float64)  # spread: the sum of squares around it
         self.norm_sums = torch.zeros(2, dtype=torch.float64)  # of the norms and of their squares
 
-    def add(self, features: Tensor, keys: list[str]) -> None:
-        self.dtypes.add(str(features.dtype).removeprefix("torch."))
+    def add(self, features: Tensor, keys: list[str], dtype: str) -> None:
+        self.dtypes.add(dtype)
         for part, names in zip(features.split(_ROWS), (keys[i:] for i in range(0, len(keys), _ROWS)), strict=True):
             finite = torch.isfinite(part).flatten(1).all(dim=1)
             self.not_finite += [key for key, good in zip(names, finite.tolist(), strict=False) if not good]
@@ -165,8 +166,9 @@ def inspect_features(
             if (block.condition.shape[-1], block.target.shape[-1]) != (sides[0].width, sides[1].width):
                 faults.append(f"{block.file}: widths differ from those of the files before it")
                 continue
-            sides[0].add(block.condition, block.keys)
-            sides[1].add(block.target, block.keys)
+            dtypes = stored_dtypes(block.file) if features.kind == "shards" else ("float32", "float32")
+            sides[0].add(block.condition, block.keys, dtypes[0])
+            sides[1].add(block.target, block.keys, dtypes[1])
             keys.update(block.keys)
             digests.update(hashlib.blake2b(_bytes(picture), digest_size=16).digest() for picture in block.condition)
             without += sum(not caption.strip() for caption in block.captions)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -127,9 +128,15 @@ class Manifest:
         parts.clear(list(plan))
 
     def drop(self, sources: list[str]) -> None:
-        """Take sources out, their shards too."""
+        """Take sources out, their shards too, and say so."""
         if not sources:
             return
+        shown = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+        print(
+            f"note: {self.folder}: the features of {shown} are dropped; the files have changed or lost a shard, or "
+            "overwrite was given",
+            file=sys.stderr,
+        )
         names = [name for source in sources for name in self.sources.pop(source)["shards"]]
         for name in names:
             del self.shards[name]

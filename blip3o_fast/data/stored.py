@@ -86,6 +86,16 @@ class StoredSide:
         return to_float(self._values[rows], None if self._scale is None else self._scale[rows])
 
 
+def stored_dtypes(path: Path) -> tuple[str, str]:
+    """The names of both sides' dtypes in a shard that can be read: float32, float16, bfloat16 or int8."""
+    from safetensors import safe_open
+
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
+    with safe_open(path, framework="pt") as file:
+        condition, target = (StoredSide(file, side).dtype for side in TENSORS)
+    return names[condition], names[target]
+
+
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
     """int8 ``[n, T, C]`` and the scales, float32 ``[n, T]``: a token's largest channel becomes 127."""
     values = features.float()

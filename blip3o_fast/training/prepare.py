@@ -81,11 +81,9 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
     fit on another number of threads differs in its last bits) that one is used, none is fitted. Otherwise, as in
     `EmbeddingDataset`, statistics come from the whole train split, also where ``subset_size`` keeps a part of it.
     """
-    data = (
-        _streamed_data(settings, normalizer)
-        if streamed.is_streamed(settings)
-        else _data_in_memory(settings, normalizer)
-    )
+    streamed.tell_other_rule(settings)
+    load = _streamed_data if streamed.is_streamed(settings) else _data_in_memory
+    data = load(settings, normalizer)
     data.made_by = _made_by(Path(settings.embeddings_path))
     return data
 

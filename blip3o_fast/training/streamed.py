@@ -131,6 +131,16 @@ def is_streamed(settings: TrainSettings) -> bool:
     return is_large(folder)
 
 
+def tell_other_rule(settings: TrainSettings) -> None:
+    """Say so where --split is not what the set says: sample and evaluate would hold out other pictures."""
+    if (theirs := default_rule(settings.embeddings_path)) == settings.split_rule():
+        return
+    text = f"note: --split {settings.split}, but the set's own rule is {theirs}, by which sample and evaluate split"
+    if Path(settings.embeddings_path).is_dir():
+        text += f'; {settings.embeddings_path}/split.json with {{"rule": "{settings.split}"}} changes it for all'
+    print(text)
+
+
 def rows_of(shards: MappedShards, rule: str, eval_split: float) -> tuple[Tensor, Tensor]:
     """Rows of the train and of the eval split, ascending (neighbours on the disk stay neighbours), as int32."""
     keys = (row.key for row in iter_index(shards.folder))
@@ -142,11 +152,6 @@ def load(settings: TrainSettings, normalizer: FeatureNormalizers | None) -> dict
     """The fields of `prepare.Data` that differ: views instead of tensors, and what was estimated from them."""
     shards = MappedShards(settings.embeddings_path, on_bad_shard=settings.on_bad_shard)
     train, held_out = rows_of(shards, settings.split_rule(), settings.eval_split)
-    if (theirs := default_rule(settings.embeddings_path)) != settings.split_rule():
-        print(
-            f"note: --split {settings.split}, but the set's own rule is {theirs}, by which sample and evaluate split; "
-            f'{settings.embeddings_path}/split.json with {{"rule": "{settings.split}"}} changes it for all'
-        )
     if not len(train):
         raise ValueError(f"{settings.embeddings_path}: no training pictures with --eval_split {settings.eval_split}")
     if normalizer is None:

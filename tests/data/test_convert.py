@@ -207,7 +207,7 @@ def test_inspect_is_exact_far_from_zero_and_over_all_tokens(tmp_path, monkeypatc
     numpy.testing.assert_allclose(found.channels()[1].numpy(), flat.std(0), rtol=1e-9)
     still = flat[:-TOKENS]  # without the large token: deviations of 1e-3 around 1e5
     side = inspection.Side(E)
-    side.add(torch.from_numpy(still).reshape(-1, TOKENS, E), ["k"] * 149)
+    side.add(torch.from_numpy(still).reshape(-1, TOKENS, E), ["k"] * 149, "float64")
     numpy.testing.assert_allclose(side.channels()[1].numpy(), still.std(0), rtol=1e-6)
     norms = numpy.linalg.norm(flat, axis=1)
     assert (found.kept, found.norm_least, found.norm_most) == (

@@ -126,13 +126,15 @@ def test_kept_shards_need_no_encoder(tmp_path: Path, tars: Path, sides, monkeypa
     assert extract(tars, tmp_path / "out", condition_encoder="a", target_encoder="b").reused == 11
 
 
-def test_a_changed_source_is_done_again(tmp_path: Path, tars: Path, sides) -> None:
+def test_a_changed_source_is_done_again(tmp_path: Path, tars: Path, sides, capsys) -> None:
     run(tars, tmp_path / "out", sides)
+    assert "dropped" not in capsys.readouterr().err
     changed = pictures(11)
     changed[5] = Picture("new", "caption", png(40), ".png")
     write_tars(iter(changed), tars, 4)
     result = run(tars, tmp_path / "out", sides)
     assert (result.pictures, result.reused) == (4, 7)
+    assert f"note: {tmp_path / 'out'}: the features of 00001.tar are dropped" in capsys.readouterr().err
     assert read_shards(tmp_path / "out").keys[5] == "new"
 
 
@@ -384,6 +386,10 @@ def test_bad_arguments_are_refused_before_anything_is_made(tmp_path: Path, tars:
         ({"device": "tpu9"}, "device: got 'tpu9'; allowed are 'auto'"),
         ({"device": "cuda:99"}, "device: got 'cuda:99'; this machine shows"),
         ({"condition_encoder": "vgg"}, "encoder: got 'vgg'; allowed are efficientnet-lite0"),
+        (
+            {"condition_encoder": "efficientnet-lite0", "trust_remote_code": True},
+            "trust_remote_code: only eva-clip-8b has code",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             extract(tars, tmp_path / "out", **options)

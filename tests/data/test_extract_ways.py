@@ -20,6 +20,7 @@ from blip3o_fast.data import throughput
 from blip3o_fast.data.encoders import Encoder
 from blip3o_fast.data.extract import extract
 from blip3o_fast.data.images import Picture, Skipped, find_sources, write_tars
+from blip3o_fast.data.inspection import inspect_features
 from blip3o_fast.data.int8_report import measure
 from blip3o_fast.data.preprocessing import Preprocessing
 from blip3o_fast.data.ranks import Share, this_share
@@ -56,6 +57,7 @@ def run(tars: Path, out: Path, **options):
 def test_int8_is_within_half_a_step_of_every_token(tars: Path, tmp_path: Path) -> None:
     run(tars, tmp_path / "full")
     result = run(tars, tmp_path / "int8", dtype="int8")
+    assert str(inspect_features(tmp_path / "int8")).count("stored as int8") == 2
     full, int8 = read_shards(tmp_path / "full"), read_shards(tmp_path / "int8")
     for exact, rounded in ((full.condition, int8.condition), (full.target, int8.target)):
         half_a_step = exact.abs().amax(-1, keepdim=True) / 127 / 2
