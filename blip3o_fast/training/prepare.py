@@ -84,6 +84,8 @@ def load_data(settings: TrainSettings, *, normalizer: FeatureNormalizers | None 
     streamed.tell_other_rule(settings)
     if streamed.is_streamed(settings):
         return _streamed_data(settings, normalizer)
+    if settings.on_bad_shard != "stop":
+        print("note: --on_bad_shard skip has no effect on a set that is taken into memory; --loading stream streams it")
     # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
     train, held_out = EmbeddingDataset.splits(
         settings.embeddings_path, eval_split=settings.eval_split, split_by=settings.split_rule()
