@@ -98,6 +98,8 @@ def _made_by(folder: Path) -> dict[str, dict[str, Any]] | None:
 def _data_in_memory(settings: TrainSettings, normalizer: FeatureNormalizers | None) -> Data:
     from blip3o_fast.data.dataset import EmbeddingDataset
 
+    if settings.on_bad_shard != "stop":
+        print("note: --on_bad_shard skip has no effect on a set that is taken into memory; --loading stream streams it")
     # The split has a seed of its own: one split for all runs, so that their held-out losses can be compared.
     train, held_out = EmbeddingDataset.splits(
         settings.embeddings_path, eval_split=settings.eval_split, split_by=settings.split_rule()

@@ -142,5 +142,7 @@ def test_only_a_folder_is_streamed_and_only_a_large_one_by_itself(settings, shar
 def test_a_rule_of_ones_own_is_told(settings, capsys, loading):
     prepare.load_data(settings(loading=loading))
     assert "note: --split hash, but the set's own rule is random" in capsys.readouterr().out
-    data = prepare.load_data(settings(split="random", subset_size=20, loading=loading))
-    assert len(data.conditions) == 20 and "note: --split" not in capsys.readouterr().out
+    data = prepare.load_data(settings(split="random", subset_size=20, loading=loading, on_bad_shard="skip"))
+    told = capsys.readouterr().out
+    assert len(data.conditions) == 20 and "note: --split" not in told
+    assert ("--on_bad_shard skip has no effect" in told) == (loading == "memory")
