@@ -11,7 +11,7 @@ from blip3o_fast.models.normalizer import FILE_NAME, FeatureNormalizers
 from blip3o_fast.models.reading import OUR_WEIGHTS, STOCK_WEIGHTS
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.arguments import TrainSettings
-from blip3o_fast.training.group import restarts
+from blip3o_fast.training.group import job, restarts
 from blip3o_fast.training.prepare import Data, effective_batch
 
 
@@ -29,7 +29,9 @@ def resume_point(settings: TrainSettings) -> Path | None:
     run, last = checkpoints.read_run(output), checkpoints.last_whole(output)
     if run is None and last is None and any((output / name).exists() for name in (OUR_WEIGHTS, STOCK_WEIGHTS)):
         raise ValueError(f"--output_dir {output} holds a model that no run here made; choose another folder")
-    if (again := restarts()) and (wanted is None or last is not None):
+    # A folder that this job did not begin to write is as closed to its second life as it was to its first.
+    ours = not checkpoints.checkpoints(output) if run is None else run.get("job") == job()
+    if (again := restarts()) and ours and (wanted is None or last is not None):
         # Whoever started the job is not there to add the flag, and a named checkpoint is older than what was saved.
         say(f"restart {again} by torchrun: continuing from the newest whole checkpoint")
         wanted = "auto"

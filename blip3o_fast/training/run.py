@@ -236,6 +236,7 @@ def _run(
     run = {
         "format_version": 1,
         "status": "running",
+        "job": group.job(),
         "steps": steps,
         "world_size": args.world_size,
         "effective_batch": prepare.effective_batch(settings, args.world_size),
