@@ -154,14 +154,14 @@ def rotate(output_dir: Path, keep: int | None, *, keep_best: bool = False) -> No
 
 
 def set_aside(output_dir: Path, resume: Path | None) -> list[Path]:
-    """Rename the checkpoints after the one that a run is continued from, and return their new places.
+    """Rename the whole checkpoints after the one that a run is continued from, and return their new places.
 
     Left where they are, they would count as the newest: `rotate` would delete what the run saves, and ``auto`` would
     leave its present course.
     """
     moved = []
     for path in checkpoints(output_dir) if resume is not None and resume.parent.samefile(output_dir) else []:
-        if resume is not None and step_of(path) > step_of(resume):
+        if resume is not None and step_of(path) > step_of(resume) and what_is_missing(path) is None:
             places = (path.with_name(f"earlier-{path.name}" + (f"-{i}" if i else "")) for i in itertools.count())
             moved.append(path.rename(next(place for place in places if not place.exists())))
     return moved

@@ -204,6 +204,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(finished,
     output = tmp_path / "run"
     shutil.copytree(finished[0], output)
     back = str(output / "checkpoint-3")
+    (output / "checkpoint-4").mkdir()  # cut off while it was written: made again under its own name
     other = SMALL | {"max_steps": 5, "save_steps": 1, "save_total_limit": 1}
     assert train(TrainSettings(embeddings, output, resume_from_checkpoint=back, **other))["step"] == 5
     assert "earlier-checkpoint-6 comes from steps that are now made again" in capsys.readouterr().out
