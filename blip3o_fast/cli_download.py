@@ -40,11 +40,16 @@ def download(
     """
     from blip3o_fast.data import download as work
 
+    if shard is not None and shards != "0":
+        raise ValueError(f"--shard {shard} and --shards {shards}: give one of them")
+    if data_dir is not None and output_dir not in (Path("data"), data_dir):
+        raise ValueError(f"--output_dir {output_dir} and --data_dir {data_dir}: give one of them")
     folder = output_dir if data_dir is None else data_dir
     if files and not verify:
         raise ValueError(f"{files[0]}: files are for --verify; a set is chosen by --dataset and --shards")
     if verify:
-        raise typer.Exit(_verify(files or sorted(folder.glob("*.tar")), folder))
+        there = [path for path in folder.rglob("*.tar") if not path.relative_to(folder).parts[0].startswith(".")]
+        raise typer.Exit(_verify(files or sorted(there), folder))
     if list_:
         found = work.list_shards(dataset, revision=revision)
         for one in found:
@@ -56,7 +61,8 @@ def download(
     paths = work.download(
         dataset, which, folder, force=force, workers=workers, revision=revision, quiet=quiet, say=typer.echo
     )
-    typer.echo(f"{len(paths)} shards in {folder}; next: blip3o-fast extract {folder}")
+    images = " ".join(f"--images {place}" for place in sorted({path.parent for path in paths}))
+    typer.echo(f"{len(paths)} shards in {folder}; next: blip3o-fast extract {images}")
 
 
 def _verify(paths: list[Path], folder: Path) -> int:
@@ -68,9 +74,9 @@ def _verify(paths: list[Path], folder: Path) -> int:
     for path in paths:
         try:
             typer.echo(f"{path}: {verify_tar(path)}")
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             bad += 1
             typer.echo(f"error: {error}", err=True)
     if bad:
-        typer.echo(f"hint: {bad} of {len(paths)} are damaged: fetch them again with --force", err=True)
+        typer.echo(f"hint: {bad} of {len(paths)} are damaged or missing: fetch them again with --force", err=True)
     return 1 if bad else 0

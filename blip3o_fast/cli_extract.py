@@ -44,9 +44,9 @@ def extract(
         int, option("samples_per_shard", "Pictures of a tar that make a shard; bounds the memory.")
     ] = 1000,
     format: Annotated[str, option("format", "shards, or pickle to write the original's file as well.")] = "shards",
-    limit: Annotated[int | None, option("limit", "At most so many pictures of each source.")] = None,
+    limit: Annotated[int | None, option("limit", "At most so many pictures of each tar, folder or dataset.")] = None,
     overwrite: Annotated[
-        bool, option("overwrite", "Drop what the folder holds of other encoders or pictures.")
+        bool, option("overwrite", "Drop what the folder holds of other encoders, settings or pictures.")
     ] = False,
     yes: Annotated[bool, option("yes", "Do not ask before more than two hours on a CPU.")] = False,
     trust_remote_code: Annotated[

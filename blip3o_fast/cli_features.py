@@ -37,7 +37,9 @@ def convert(
     output: Annotated[Path, option("output", "The folder of shards, or the pickle, that is written.")],
     format: Annotated[str, option("format", "shards, or pickle for the original's single file.")] = "shards",
     samples_per_shard: Annotated[int, option("samples_per_shard", "Pictures of one shard.")] = 1000,
-    dtype: Annotated[str | None, option("dtype", "On disk: float32, float16 or bfloat16; as stored.")] = None,
+    dtype: Annotated[
+        str | None, option("dtype", "On disk: float32, float16 or bfloat16; as stored (int8: float32).")
+    ] = None,
 ) -> None:
     """Write features in another form: the original's pickles as shards, or shards as its single pickle.
 

@@ -27,6 +27,9 @@ class Extract(PipelineStep):
         self.settings = settings
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        # datatrove's own array is counted in its rank already; left there, it would multiply the processes
+        for name in [name for name in os.environ if name.startswith("SLURM_ARRAY_")]:
+            del os.environ[name]
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
         from blip3o_fast.data.extract import extract
 

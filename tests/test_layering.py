@@ -54,12 +54,12 @@ LAYERS = {
     "cli_verbs": {"data", "evaluation", "demo", "models", "env"},
     "__main__": {"cli"},
 }
-# `data` knows of the models nothing but how features are normalised; sampling of the data where conditions come from;
-# `training` of the evaluation only its metrics and baselines; the models of the kernels only how their launches are
-# recorded and compiled ahead.
+# `data` knows of the models nothing but how features are normalised and what a device can do; sampling of the data
+# where conditions come from; `training` of the evaluation only its metrics and baselines; the models of the kernels
+# only how their launches are recorded and compiled ahead.
 ONLY = {
     ("models", "kernels"): {"_launch", "_compile"},
-    ("data", "models"): {"normalizer", "normalizer_fit"},
+    ("data", "models"): {"device_flops", "normalizer", "normalizer_fit"},
     ("training", "evaluation"): {"metrics", "baselines"},
     ("sampling", "data"): {"dataset", "reader", "shards"},
 }

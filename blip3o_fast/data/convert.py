@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from tqdm import tqdm
 
 from .blocks import FeatureSet, open_features
 from .pickle_output import PICKLE, write_pickle
-from .shards import ShardWriter, shard_name
+from .shards import ShardWriter, shard_name, write_text
+from .splits import RULE_FILE, default_rule
 from .stored import DTYPES
 
 FORMATS = ("shards", "pickle")
@@ -33,10 +35,11 @@ def convert(
 
     output: for ``format="shards"`` a folder that does not exist or is empty; for ``"pickle"`` a file, or a folder
     that gets ``blip3o_grid_embeddings.pkl``. samples_per_shard: pictures of one shard. dtype: float32, float16 or
-    bfloat16 on disk; None: as stored. A pickle is always float32.
+    bfloat16 on disk; None: as stored, and int8 as float32. A pickle is always float32.
     Shards are written one at a time, and a source of shards or chunks is read one at a time. A single pickle is read
-    whole, and written from memory.
-    Raises ValueError or FileNotFoundError naming the argument or the file; then nothing lies under the final name.
+    whole, and written from memory. Shards hold out the pictures that their source does, by a ``split.json`` where their
+    size says otherwise. The index comes last: what a killed conversion leaves is no set that can be read.
+    Raises ValueError or FileNotFoundError naming the argument or the file; then nothing of the conversion is left.
     """
     if format not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -49,7 +52,19 @@ def convert(
         return _to_pickle(features, target, quiet)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--output {target} exists and is not an empty folder; choose another one")
-    return _to_shards(features, target, samples_per_shard, None if dtype is None else FLOATS[dtype], quiet)
+    made = not target.exists()
+    try:
+        count = _to_shards(features, target, samples_per_shard, None if dtype is None else FLOATS[dtype], quiet)
+        rule = default_rule(source)
+        if rule != default_rule(target):  # a set must not change its held-out pictures with its size on disk
+            write_text(target / RULE_FILE, json.dumps({"rule": rule}) + "\n")
+        return count
+    except BaseException:
+        for left in target.iterdir() if target.is_dir() else ():  # it was empty before
+            left.unlink()
+        if made and target.is_dir():
+            target.rmdir()
+        raise
 
 
 class _Pieces:
@@ -94,15 +109,16 @@ def _to_shards(features: FeatureSet, folder: Path, size: int, dtype: torch.dtype
                     )
             pieces.add(condition, target, block.keys, block.captions)
             for piece in pieces.take():
-                writer.write(number, *piece, f"{features.path.name} {shard_name(number)}")
+                writer.write(number, *piece, f"{features.path.name} {shard_name(number)}", listed=False)
                 number, total = number + 1, total + len(piece[2])
                 bar.update(len(piece[2]))
         if writer is None:
             raise ValueError(f"{features.path}: holds no picture")
         for piece in pieces.take(rest=True):
-            writer.write(number, *piece, f"{features.path.name} {shard_name(number)}")
+            writer.write(number, *piece, f"{features.path.name} {shard_name(number)}", listed=False)
             number, total = number + 1, total + len(piece[2])
             bar.update(len(piece[2]))
+    writer.write_index()
     return total
 
 

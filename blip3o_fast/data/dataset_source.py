@@ -33,6 +33,10 @@ class DatasetSource(Source):
     start: int = 0
     stop: int = 0
 
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
     def read(self, skipped: Skipped) -> Iterator[Picture]:
         image, caption = self.columns
         for number in range(self.start, self.stop):
@@ -58,8 +62,8 @@ def is_dataset(item: str) -> bool:
     return item.startswith("hf:") or any((Path(item) / name).is_file() for name in _ON_DISK)
 
 
-def dataset_sources(item: str, per_shard: int) -> list[Source]:
-    """The dataset in pieces of ``per_shard`` rows, in its own order.
+def dataset_sources(item: str, per_shard: int, limit: int | None = None) -> list[Source]:
+    """The dataset, or its first ``limit`` rows, in pieces of ``per_shard`` rows, in its own order.
 
     Raises ``ValueError`` naming what there is to choose from, ``FileNotFoundError`` for a folder that is none, and
     ``OSError`` where the hub does not give it.
@@ -80,6 +84,7 @@ def dataset_sources(item: str, per_shard: int) -> list[Source]:
         rows = rows.cast_column(image, datasets.Image(decode=False))
     digest = hashlib.sha256(f"{rows._fingerprint}\0{image}\0{caption}\0{len(rows)}".encode()).hexdigest()
     label = f"{Path(name).name}{':' + choices['split'] if 'split' in choices else ''}"
+    end = len(rows) if limit is None else min(limit, len(rows))
     return [
         DatasetSource(
             f"{label}[{start}:]",
@@ -88,9 +93,9 @@ def dataset_sources(item: str, per_shard: int) -> list[Source]:
             rows=rows,
             columns=(image, caption),
             start=start,
-            stop=min(start + per_shard, len(rows)),
+            stop=min(start + per_shard, end),
         )
-        for start in range(0, len(rows), per_shard)
+        for start in range(0, end, per_shard)
     ]
 
 

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
+from blip3o_fast.models.device_flops import peak_of
+
 from .encoders import TOKENS, Encoder, encoder_info, load_encoder
 from .images import Picture, Source, find_sources
 from .int8_report import measure, summary
-from .manifest import MANIFEST, Manifest, read_skipped
+from .manifest import MANIFEST, NO_CAPTION, Manifest, read_skipped
 from .parts import Entry, Parts, Stamp, sha256_of
 from .pickle_output import PICKLE, write_pickle
 from .pipeline import Pipeline
@@ -30,7 +32,7 @@ from .ranks import Share, this_share
 from .shards import INDEX, META, Meta, claim_folder, drop_all, read_meta
 from .skipped import MAX_NAME, Skipped
 from .stored import DTYPES, quantize, save_sides
-from .throughput import Progress, check_precision, flops_per_picture, peak_flops
+from .throughput import Progress, check_precision, flops_per_picture
 
 FORMATS = ("shards", "pickle")
 _MERGE_SHARE = 20  # while it runs, a process alone lists what is done, in at most 1/20 of its time
@@ -41,6 +43,7 @@ class Extraction:
     """What `extract` did: counts of pictures in this run and in all, seconds, and what was skipped.
 
     complete: the folder holds everything; False where other processes are still at work. int8: what it costs.
+    without_caption: pictures of the folder whose caption is empty.
     """
 
     output_dir: Path
@@ -50,11 +53,13 @@ class Extraction:
     seconds: float
     complete: bool = True
     int8: str = ""
+    without_caption: int = 0
 
     def __str__(self) -> str:
         rate = f", {self.pictures / self.seconds:.1f} pictures/s" if self.pictures else ""
         text = f"{self.pictures} pictures extracted in {self.seconds:.1f} s{rate}; {self.reused} were there already"
         text += f"; {len(self.skipped)} skipped: {self.skipped}" if len(self.skipped) else ""
+        text += f"; {self.without_caption} have no caption" if self.without_caption else ""
         text += "" if self.complete else f"\n{self.output_dir}: other processes have not finished their tars yet"
         return text + (f"\n{self.int8}" if self.int8 else "")
 
@@ -99,9 +104,10 @@ def extract(
         dtype: of the features on disk, ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"int8"``, a scale per token.
         samples_per_shard: so many pictures of a source make a shard (damaged ones counted); bounds the memory.
         format: ``"pickle"`` writes the original project's single file beside the shards as well.
-        limit: take at most this many pictures of each source.
-        overwrite: drop what ``output_dir`` holds of other encoders or of sources that are not among the images
-            given (once the encoders that are needed have been loaded); without it that is an error.
+        limit: take at most this many pictures of each tar, folder or dataset.
+        overwrite: drop what ``output_dir`` holds of other encoders, of other settings (dtype, precision, limit,
+            samples_per_shard) or of sources that are not among the images given (once the encoders that are needed
+            have been loaded); without it that is an error.
         yes: do not ask before a run of more than two hours on a CPU.
         quiet: no progress bar; None: none where the output is not a terminal.
 
@@ -114,7 +120,7 @@ def extract(
     share = this_share()
     place = _device(device, share)
     computing = check_precision(precision, place)
-    sources = find_sources("data" if images is None else images)
+    sources = find_sources("data" if images is None else images, limit=limit)
     given = ((condition_encoder, condition_revision), (target_encoder, target_revision))
     infos = [e.info if isinstance(e, Encoder) else encoder_info(e, tower=tower, revision=r) for e, r in given]
 
@@ -152,14 +158,19 @@ def extract(
         for left in folder.glob(".*.json*.*"):
             left.unlink(missing_ok=True)
     parts = Parts(folder)
-    manifest = Manifest.read(folder)
-    manifest.roll_forward(parts)
+    manifest = Manifest.continued(folder, parts)
     foreign = sorted(set(manifest.sources) - set(stamps))
     if foreign and not overwrite:
         shown = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
         raise ValueError(
             f"{folder}: holds features of {shown}, which are not among the images given; "
             "give them as well, choose another output folder, or overwrite"
+        )
+    there_already = [there for there in (*manifest.stamps(), *parts.stamps(own)) if there.source in stamps]
+    other = next((told for there in there_already if (told := stamps[there.source].unlike(there))), "")
+    if other and not overwrite:
+        raise ValueError(
+            f"{folder}: holds features of {other}; give the same, choose another output folder, or overwrite"
         )
     missing, reused = [], 0
     for source in own:
@@ -175,7 +186,7 @@ def extract(
     made = 0
     if missing and sides is not None:
         hide = quiet if quiet is not None else share.rank > 0 or not sys.stderr.isatty()
-        shown_flops = (0, None) if hide else (flops_per_picture(sides), peak_flops(place, computing))
+        shown_flops = (0, None) if hide else (flops_per_picture(sides), peak_of(place, computing).flops)
         progress = Progress(
             missing, limit, quiet=hide, on_cpu=place.type == "cpu", yes=yes, flops=shown_flops[0], peak=shown_flops[1]
         )
@@ -200,10 +211,11 @@ def extract(
                     merged = time.perf_counter()
                     cost = merged - began
     final = _take_in(folder, sources, stamps, parts, all_or_nothing=share.world > 1)
-    skipped, report = Skipped(), ""
+    skipped, report, without_caption = Skipped(), "", 0
     if final is not None:
         for name, key, reason in read_skipped(folder):
-            if key:
+            without_caption += reason == NO_CAPTION
+            if key and reason != NO_CAPTION:
                 skipped.add(f"{name}:{key}", reason)
         skipped.unnamed += sum(source["skipped"] for source in final.sources.values()) - len(skipped)
         if not final.shards:
@@ -215,7 +227,9 @@ def extract(
         report = summary((shard["int8"] for shard in final.shards.values() if "int8" in shard), dims)
         if format == "pickle":
             write_pickle(folder, folder / PICKLE)
-    return Extraction(folder, made, reused, skipped, time.perf_counter() - start, final is not None, report)
+    return Extraction(
+        folder, made, reused, skipped, time.perf_counter() - start, final is not None, report, without_caption
+    )
 
 
 def _source(
@@ -262,7 +276,7 @@ def _tolerant(source: Source, aside: Skipped) -> Iterator[Picture]:
     try:
         yield from source.pictures(aside)
     except ValueError as error:
-        if isinstance(error.__cause__, OSError) and not source.files:
+        if isinstance(error.__cause__, OSError) and source.count is None:
             raise  # the disk, not the tar
         aside.add(f"{source.name}:(the rest)", str(error))
 

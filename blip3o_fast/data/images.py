@@ -91,15 +91,17 @@ class Source:
     path: Path
     files: tuple[Path, ...] = ()  # of a folder; empty for a tar
 
+    @property
+    def count(self) -> int | None:
+        """Its pictures, damaged ones too; None for a tar, where only reading tells."""
+        return len(self.files) or None
+
     def pictures(self, skipped: Skipped) -> Iterator[Picture]:
-        """What can be read, damaged parts and missing captions told to ``skipped``: nothing in a picture, a caption
-        or a tar's structure ends it, only a disk that fails (``ValueError``).
+        """What can be read, damaged parts told to ``skipped``: nothing in a picture, a caption or a tar's structure
+        ends it, only a disk that fails (``ValueError``). A missing caption is an empty one.
         """
         try:
-            for picture in self.read(skipped):
-                if not picture.caption:
-                    skipped.note(f"{self.name}:{picture.key}", "no caption")
-                yield picture
+            yield from self.read(skipped)
         except DamagedTarError as error:  # what lies before the damage was given
             skipped.add(f"{self.name}:(the rest)", str(error))
 
@@ -109,12 +111,14 @@ class Source:
         return tar_pictures(self.path, skipped)
 
 
-def find_sources(images: str | os.PathLike[str] | list[str | os.PathLike[str]], per_shard: int = 1000) -> list[Source]:
+def find_sources(
+    images: str | os.PathLike[str] | list[str | os.PathLike[str]], per_shard: int = 1000, limit: int | None = None
+) -> list[Source]:
     """Every tar named or found directly in a folder named; a folder without tars gives its pictures.
 
     Pictures of a folder (recursively, in sorted order) are taken ``per_shard`` at a time, and so are the rows of a
-    dataset (``hf:NAME``, or a folder of the library datasets: see `dataset_source`). Raises ``FileNotFoundError`` or
-    ``ValueError`` naming what was found where there is nothing to read.
+    dataset (``hf:NAME``, or a folder of the library datasets: see `dataset_source`); of either at most ``limit``.
+    Raises ``FileNotFoundError`` or ``ValueError`` naming what was found where there is nothing to read.
     """
     from .dataset_source import dataset_sources, is_dataset
 
@@ -122,12 +126,12 @@ def find_sources(images: str | os.PathLike[str] | list[str | os.PathLike[str]], 
     for item in images if isinstance(images, list) else [images]:
         path = Path(item)
         if is_dataset(os.fspath(item)):
-            found += dataset_sources(os.fspath(item), per_shard)
+            found += dataset_sources(os.fspath(item), per_shard, limit)
         elif path.is_file():
             found.append(_tar_source(path))
         elif path.is_dir():
             tars = sorted(p for p in path.iterdir() if p.suffix == ".tar" and p.is_file())
-            found += [_tar_source(tar) for tar in tars] or _folder_sources(path, per_shard)
+            found += [_tar_source(tar) for tar in tars] or _folder_sources(path, per_shard, limit)
         else:
             raise FileNotFoundError(f"images: {path} does not exist; a folder of pictures or .tar files is needed")
     names = [source.name for source in found]
@@ -144,8 +148,8 @@ def _tar_source(path: Path) -> Source:
     return Source(path.name, f"{state.st_size} {state.st_mtime_ns}", path)
 
 
-def _folder_sources(path: Path, per_shard: int) -> list[Source]:
-    files = picture_files(path)
+def _folder_sources(path: Path, per_shard: int, limit: int | None) -> list[Source]:
+    files = picture_files(path)[:limit]
     if not files:
         raise ValueError(f"images: {path} holds no .tar file and no picture ({', '.join(EXTENSIONS)})")
     sources = []

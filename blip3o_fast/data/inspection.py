@@ -116,8 +116,7 @@ class Inspection:
             lines += side.lines(name)
             info = getattr(meta, name, None)
             if info is not None:
-                made = "; ".join(t for t in (info.revision, info.tower, info.preprocessing, info.pooling) if t)
-                lines.append(f"            made by {info.name}" + (f" ({made})" if made else ""))
+                lines.append(f"            made by {info}")
         lines.append(
             f"repeated    {self.repeated_keys} keys, {self.repeated_features} pictures with another's features"
         )

@@ -19,10 +19,11 @@ from typing import IO, Any
 from blip3o_fast import __version__
 from blip3o_fast.files import replacing
 
-from .parts import Entry, Parts
+from .parts import Entry, Parts, Stamp
 from .shards import INDEX, META, Row, shard_name, write_text
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
+NO_CAPTION = "no caption; its features were taken"
 _PLAN = "plan.json"
 _VERSION = 1
 
@@ -53,6 +54,21 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a manifest of this version ({error!r})") from error
 
+    @classmethod
+    def continued(cls, folder: Path, parts: Parts) -> Manifest:
+        """The same, once an `add` that was interrupted is finished."""
+        for last in (False, False, True):
+            manifest = cls.read(folder)
+            try:
+                manifest.roll_forward(parts)
+                break
+            except (
+                FileNotFoundError
+            ):  # another process was at it, and has cleared the parts since the manifest was read
+                if last:
+                    raise
+        return manifest
+
     def __contains__(self, stamp: Any) -> bool:
         """Whether a source is done as the stamp says, with every shard in its place at its full size."""
         source = self.sources.get(stamp.source)
@@ -60,6 +76,9 @@ class Manifest:
             return False
         files = ((self.folder / name, self.shards[name]["bytes"]) for name in source["shards"])
         return all(path.is_file() and path.stat().st_size == size for path, size in files)
+
+    def stamps(self) -> Iterator[Stamp]:
+        return (Stamp(**source["stamp"]) for source in self.sources.values())
 
     def add(self, sources: list[str], parts: Parts) -> None:
         """Take in the parts of sources that are done."""
@@ -89,18 +108,18 @@ class Manifest:
     def _carry_out(self, plan: dict[str, list[str | None]], parts: Parts) -> None:
         added: dict[str, tuple[str, int]] = {}  # shard -> source and part
         for source, names in plan.items():
-            about: dict[str, Any] = {"shards": [name for name in names if name], "pictures": 0, "skipped": 0}
+            done: dict[str, Any] = {"shards": [name for name in names if name], "pictures": 0, "skipped": 0}
             for entry, name in zip(parts.entries(source), names, strict=True):
+                done["stamp"] = asdict(entry.stamp)
+                done["pictures"] += len(entry.rows)
+                done["skipped"] += len(entry.skipped) + entry.skipped_unnamed
                 if name is not None:
                     _move(parts.shard(source, entry.part), self.folder / name)
                     self.shards[name] = {"pictures": len(entry.rows), "bytes": entry.bytes, "sha256": entry.sha256}
                     if entry.int8:
                         self.shards[name]["int8"] = entry.int8
                     added[name] = source, entry.part
-                about["pictures"] += len(entry.rows)
-                about["skipped"] += len(entry.skipped) + entry.skipped_unnamed
-                about["stamp"] = asdict(entry.stamp)
-            self.sources[source] = about
+            self.sources[source] = {name: done[name] for name in ("stamp", "shards", "pictures", "skipped")}
         self._write_index(added, parts)
         self._write_skipped(set(plan), parts)
         self._write()
@@ -162,6 +181,9 @@ class Manifest:
                     lines = [{"source": name, "key": key, "reason": reason} for key, reason in entry.skipped]
                     if entry.skipped_unnamed:
                         lines.append({"source": name, "key": "", "reason": f"{entry.skipped_unnamed} more, not listed"})
+                    lines += [
+                        {"source": name, "key": key, "reason": NO_CAPTION} for key, text in entry.rows if not text
+                    ]
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 while ahead is not None and ahead[0] == name:
                     file.write(ahead[1])

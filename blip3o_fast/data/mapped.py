@@ -135,7 +135,9 @@ class MappedShards:
         return batch
 
     def prefetch(self, rows: Tensor) -> None:
-        """Ask the system to begin reading these rows; returns at once."""
+        """Ask the system to begin reading these rows, where it can be asked (Linux); returns at once."""
+        if not hasattr(os, "posix_fadvise"):
+            return
         for shard, row in self._places(rows):
             try:
                 opened = self._shard(shard)

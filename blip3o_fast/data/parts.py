@@ -9,6 +9,7 @@ process, so processes that share the folder need no locks.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .images import Source
 from .shards import write_text
 
 PARTS = "parts"
@@ -35,6 +37,14 @@ class Stamp:
     precision: str
     samples_per_shard: int
     encoders: str
+
+    def unlike(self, there: Stamp) -> str:
+        """The first setting in which features that are there differ from what is asked for; "" where none does."""
+        for name in ("dtype", "precision", "limit", "samples_per_shard"):
+            found, asked = getattr(there, name), getattr(self, name)
+            if found != asked:
+                return f"{self.source} with {name} {found}, asked for {asked}"
+        return ""
 
 
 @dataclass
@@ -91,16 +101,23 @@ class Parts:
                 return part, True
         return part, False
 
-    def entries(self, source: str) -> Iterator[Entry]:
-        """The entries of a source that is done, one at a time; ``FileNotFoundError`` where another process has just
-        cleared them."""
-        last, part = False, 0
-        while not last:
-            entry = self.read(source, part)
+    def stamps(self, sources: list[Source]) -> Iterator[Stamp]:
+        """Of the sources that are begun."""
+        return (entry.stamp for source in sources if (entry := self.read(source.name, 0)) is not None)
+
+    def entries(self, source: Source | str) -> Iterator[Entry]:
+        """The entries of a source that is done, one at a time: a tar may hold millions of captions.
+
+        ``FileNotFoundError`` where another process has just cleared them.
+        """
+        name = source if isinstance(source, str) else source.name
+        for part in itertools.count():
+            entry = self.read(name, part)
             if entry is None:
-                raise FileNotFoundError(f"{self.folder}: no entry {part} of {source}")
+                raise FileNotFoundError(f"{self.folder}: no entry {part} of {name}")
             yield entry
-            last, part = entry.last, part + 1
+            if entry.last:
+                return
 
     def clear(self, sources: list[str]) -> None:
         """Remove what is left of sources whose shards are in place, and the folder once it is empty."""

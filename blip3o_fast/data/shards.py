@@ -46,6 +46,10 @@ class EncoderInfo:
     preprocessing: str = ""
     pooling: str = ""
 
+    def __str__(self) -> str:
+        made = "; ".join(text for text in (self.revision, self.tower, self.preprocessing, self.pooling) if text)
+        return self.name + (f" ({made})" if made else "")
+
 
 @dataclass(frozen=True)
 class Meta:
@@ -128,7 +132,7 @@ class ShardWriter:
         for row in read_index(self.folder) if (self.folder / INDEX).exists() else []:
             self.rows.setdefault(row.shard, []).append(row)
 
-    def header(self, name: str) -> dict[str, str] | None:
+    def header(self, name: str) -> dict[str, Any] | None:
         """The ``extra`` given to `write` for a shard that is whole, else None (write it again)."""
         from safetensors import SafetensorError, safe_open
 
@@ -151,8 +155,13 @@ class ShardWriter:
         captions: Sequence[str],
         source: str,
         extra: Mapping[str, str] | None = None,
+        *,
+        listed: bool = True,
     ) -> Path:
-        """Write shard ``number`` (condition ``[n, T, E]``, target ``[n, T, C]``), then list it in the index."""
+        """Write shard ``number`` (condition ``[n, T, E]``, target ``[n, T, C]``), then list it in the index.
+
+        listed: False leaves the index to a call of `write_index` at the end: until then the folder holds no set.
+        """
         name = shard_name(number)
         path = self.folder / name
         if not len(condition) == len(target) == len(keys) == len(captions):
@@ -160,7 +169,8 @@ class ShardWriter:
             raise ValueError(f"{path}: {counts} conditions, targets, keys and captions; they must be as many")
         save_sides(path, condition, target, self.meta, extra or {})
         self.rows[name] = [Row(k, c, name, i, source) for i, (k, c) in enumerate(zip(keys, captions, strict=True))]
-        self.write_index()
+        if listed:
+            self.write_index()
         return path
 
     def drop(self, names: Sequence[str]) -> None:

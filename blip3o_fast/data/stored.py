@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +101,9 @@ def save_sides(path: Path, condition: Side, target: Side, meta: Meta, header: Ma
     """Write one shard beside its place, and rename it there once it is on the disk.
 
     condition ``[n, T, E]`` and target ``[n, T, C]`` must be finite and of a floating dtype, or a pair of
-    `quantize` each. Raises ``ValueError`` for other tensors, and ``OSError`` naming the file where it cannot be
-    written (a full disk): then nothing of it is left.
+    `quantize` each. The encoders that meta describes are written into the file's header.
+    Raises ``ValueError`` for other tensors, and ``OSError`` naming the file where it cannot be written (a full disk):
+    then nothing of it is left.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -117,7 +119,8 @@ def save_sides(path: Path, condition: Side, target: Side, meta: Meta, header: Ma
         tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors refuses shared memory
     beside = path.with_name(f".{path.name}.part")  # one name, so that killed runs do not pile up
     try:
-        about = json.dumps({"format_version": str(FORMAT_VERSION), **header}, sort_keys=True)
+        made_by = {"condition": asdict(meta.condition), "target": asdict(meta.target)}  # a shard may leave its folder
+        about = json.dumps({"format_version": str(FORMAT_VERSION), "made_by": made_by, **header}, sort_keys=True)
         save_file(tensors, beside, metadata={HEADER: about})  # one entry: safetensors writes several in random order
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())

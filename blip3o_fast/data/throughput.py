@@ -14,24 +14,6 @@ from .images import Picture, Source
 LONG_HOURS = 2.0  # on a CPU, longer runs are asked about
 _SETTLED_SECONDS = 10.0  # so long the speed is measured before
 _HEADERS = 1536  # bytes that a tar spends on a picture beside its data: two headers and padding
-# Dense TFLOP/s by the vendors' data sheets: fp32 without TF32, and bf16/fp16 with fp32 sums. The first name that is
-# part of the device's counts.
-_GPU_PEAKS = {
-    "B200": (75, 2250),
-    "GH200": (67, 989),
-    "H200": (67, 989),
-    "H100 PCIe": (51, 756),
-    "H100": (67, 989),
-    "A100": (19.5, 312),
-    "A10G": (31, 70),
-    "A10": (31, 125),
-    "L40S": (92, 362),
-    "L4": (30, 121),
-    "V100": (15.7, 125),
-    "T4": (8.1, 65),
-    "RTX 4090": (83, 165),
-    "RTX 3090": (36, 71),
-}
 
 
 def flops_per_picture(encoders: tuple[Encoder, ...]) -> int:
@@ -44,25 +26,10 @@ def flops_per_picture(encoders: tuple[Encoder, ...]) -> int:
     return int(counter.get_total_flops())
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that the device can give: a GPU's by the table (None: not in it), a CPU's measured on a matrix product."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        found = next((peaks for key, peaks in _GPU_PEAKS.items() if key in name), None)
-        return None if found is None else found[dtype != torch.float32] * 1e12
-    n = 1024
-    a, best = torch.randn(n, n, dtype=dtype), float("inf")
-    for _ in range(4):  # the first is the warm-up
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
 class Progress:
     """Counts pictures, shows the bar, and stops a long run on a CPU unless it is wanted.
 
-    flops: of one picture. peak: FLOP/s, see `peak_flops`. yes: ask nothing.
+    flops: of one picture. peak: FLOP/s, see `models.device_flops`. yes: ask nothing.
     """
 
     def __init__(
@@ -94,8 +61,8 @@ class Progress:
         """Pictures in all sources; of tars estimated by the bytes of those read so far, None before the first."""
         count = 0
         for source in self._sources:
-            if source.files:
-                some = len(source.files)
+            if source.count is not None:
+                some = source.count
             elif self._done:
                 some = round(source.path.stat().st_size / (self._bytes / self._done))
             else:

@@ -33,7 +33,7 @@ class NamingLoader(DataLoader):
             except StopIteration:
                 return
             except Exception as error:
-                if _is_dead_worker(error) or _has_dead_worker(batches):
+                if _is_dead_worker(error) or _has_dead_worker(batches, error):
                     raise _dead_worker(error) from error
                 what = f"{type(error).__name__}: {_cause(error)}"
                 raise DataLoaderError(f"the data loader failed at micro-batch {number} of the run: {what}") from error
@@ -56,9 +56,19 @@ def _is_dead_worker(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
-def _has_dead_worker(batches: Any) -> bool:
-    """Whether a process of this iteration is gone: reading from one that is says anything, a reset connection, say."""
-    return any(not worker.is_alive() for worker in getattr(batches, "_workers", ()))
+def _has_dead_worker(batches: Any, error: Exception) -> bool:
+    """Whether a process of this iteration is gone. Reading from one that is says anything; a connection that is reset
+    or ends means one, although the system may still call it alive.
+    """
+    workers = getattr(batches, "_workers", ())
+    lost = bool(workers) and isinstance(error, ConnectionError | EOFError)
+    try:  # torch's signal handler speaks once the process is buried: here, and not later, wherever the program then is
+        for worker in workers if lost else ():
+            worker.join(2)
+    except RuntimeError as spoken:
+        if not _is_dead_worker(spoken):
+            raise
+    return lost or any(not worker.is_alive() for worker in workers)
 
 
 def _dead_worker(error: Exception) -> DataLoaderError:

@@ -294,6 +294,9 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     average = f"decay {settings.ema_decay:g}, fp32, {parameters * 4 / 2**20:.0f} MB" if settings.ema_decay else "off"
     target = data.normalizer.target
+    folder = Path(settings.embeddings_path)
+    meta = read_meta(folder) if (folder / META).is_file() else None
+    made = [f"features    condition: {meta.condition}", f"            target: {meta.target}"] if meta else []
     return "\n".join(
         [
             f"device      {name}" + (f", {world} processes" if world > 1 else ""),
@@ -304,7 +307,7 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
             f"data        {len(data.conditions)} training and {len(data.held_out_conditions)} held-out pictures, "
             f"condition {list(data.conditions.shape[1:])}, target {list(data.targets.shape[1:])} "
             f"(normalize {target.spec}, {100 * target.explained_variance:.0f} % of the variance)",
-            *_features_lines(data),
+            *made,
             f"batch       {effective} = {settings.batch_size} x {settings.gradient_accumulation_steps} accumulated "
             f"x {world} processes",
             f"steps       {steps} ({steps * effective / len(data.conditions):.1f} epochs), "
@@ -313,12 +316,3 @@ def header(settings: TrainSettings, data: Data, model: BLIP3oDiT, device: torch.
             f"output      {Path(settings.output_dir)}",
         ]
     )
-
-
-def _features_lines(data: Data) -> list[str]:
-    """What made the features: two lines, or none where the file does not say."""
-    lines = []
-    for side, info in (data.made_by or {}).items():
-        more = "; ".join(str(info[name]) for name in ("revision", "tower", "preprocessing", "pooling") if info[name])
-        lines.append(f"{side:11} {info['name']}" + (f" ({more})" if more else ""))
-    return lines

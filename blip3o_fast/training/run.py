@@ -106,7 +106,10 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
     if settings.dry_run:
         text, seconds = _dry_step(settings, data, model, device)
         say(f"dry run     {text}")
-        say(estimate.plan(settings, data, model.config, device, steps, world, seconds) + "\nNothing was written.")
+        say(
+            estimate.plan(settings, data, model.config, device, steps, world, seconds)
+            + f"\nNothing was written to {settings.output_dir}."
+        )
         return {"status": "dry run", "step": 0, "output_dir": str(settings.output_dir)}
     try:
         return _run(settings, data, model, device, steps, resume, earlier)

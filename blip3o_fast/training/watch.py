@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from blip3o_fast.models.device_flops import peak_of
 from blip3o_fast.models.flops import model_flops
 from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.training.arguments import TrainSettings, steps_named
 from blip3o_fast.training.clock import StepCost
 from blip3o_fast.training.linear_line import LinearLine
-from blip3o_fast.training.peak import peak_of
 from blip3o_fast.training.prepare import Data
 from blip3o_fast.training.profiling import ProfileSteps
 from blip3o_fast.training.resume import say

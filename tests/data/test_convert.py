@@ -3,6 +3,9 @@
 import hashlib
 import json
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -90,6 +93,21 @@ def test_chunks_become_one_pickle_that_trains(chunks, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.pkl", "chunks"], "no temporary folder is left"
 
 
+def test_the_split_survives(chunks, tmp_path, monkeypatch):
+    convert(chunks, tmp_path / "small", dtype="float32")
+    assert not (tmp_path / "small" / "split.json").exists()
+    (tmp_path / "small" / "split.json").write_text('{"rule": "hash"}')
+    convert(tmp_path / "small", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "split.json").read_text()) == {"rule": "hash"}
+    # halved on the way, so that by its size alone it would be split otherwise
+    (tmp_path / "small" / "split.json").unlink()
+    size = sum(path.stat().st_size for path in (tmp_path / "small").glob("shard*"))
+    monkeypatch.setattr("blip3o_fast.data.splits.LARGE", size - 1)
+    convert(tmp_path / "small", tmp_path / "half", dtype="bfloat16")
+    before, after = (EmbeddingDataset(tmp_path / name, split="eval", eval_split=0.3) for name in ("small", "half"))
+    assert before.keys == after.keys and json.loads((tmp_path / "half" / "split.json").read_text())["rule"] == "hash"
+
+
 def test_half_precision_on_disk(chunks, tmp_path):
     convert(chunks, tmp_path / "half", dtype="bfloat16")
     assert torch.equal(read_shards(tmp_path / "half").condition, expected()[0].bfloat16().float())
@@ -119,6 +137,29 @@ def test_bad_input_is_named_and_leaves_nothing(chunks, tmp_path):
     with pytest.raises(ValueError, match=r"00001.pkl: eva has the shape \(2, 4, 7\); the files before"):
         convert(chunks, tmp_path / "out.pkl", format="pickle")
     assert not (tmp_path / "out.pkl").exists() and not list(tmp_path.glob(".convert-*"))
+    (tmp_path / "empty").mkdir()
+    for name in ("out", "empty"):  # some shards were written before it was found
+        with pytest.raises(ValueError, match=r"00001.pkl: eva has the shape"):
+            convert(chunks, tmp_path / name, samples_per_shard=2)
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "empty").iterdir())
+
+
+def test_a_killed_conversion_leaves_no_set_that_can_be_read(chunks, tmp_path):
+    script = (
+        "import os, signal, sys\n"
+        "from blip3o_fast.data import convert, shards\n"
+        "whole = shards.ShardWriter.write\n"
+        "def write(self, number, *rest, **more):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if number == 3 else whole(self, number, *rest, **more)\n"
+        "shards.ShardWriter.write = write\n"
+        "convert.convert(sys.argv[1], sys.argv[2], samples_per_shard=2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, chunks, tmp_path / "out"], check=False)
+    assert done.returncode == -signal.SIGKILL and len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+    with pytest.raises(FileNotFoundError, match=r"index\.jsonl: no such file"):
+        read_shards(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds no picture"):
+        inspect_features(tmp_path / "out")
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------

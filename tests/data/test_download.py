@@ -266,7 +266,7 @@ def test_as_the_originals_user_types_it(hub, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "set" / "00001.tar").read_bytes() == hub.files["00001.tar"]
-    assert "next: blip3o-fast extract" in done.stdout
+    assert "next: blip3o-fast extract --images set\n" in done.stdout
 
 
 # ---- the check of tars -----------------------------------------------------------------------------------------------
@@ -292,6 +292,20 @@ def test_a_tar_cut_anywhere_is_named(tmp_path, cut, capsys):
         verify_tar(path)
     assert main(["download", "--verify", str(path)]) == 1
     assert "hint: 1 of 1 are damaged" in capsys.readouterr().err
+
+
+def test_every_tar_of_the_folder_is_verified(tmp_path, capsys):
+    for place in ("deep/er", ".incoming-x"):  # a set may have folders; what is still on its way is not looked at
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "00000.tar").write_bytes(make_tar(0))
+    assert main(["download", "--verify", "--output_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/deep/er/00000.tar: whole: 10 members, 5 pictures, 5 captions"
+    ]
+    one = tmp_path / "deep" / "er" / "00000.tar"
+    assert main(["download", "--verify", str(tmp_path / "none.tar"), str(one)]) == 1
+    told = capsys.readouterr()
+    assert "none.tar: there is no such file" in told.err and f"{one}: whole" in told.out
 
 
 def test_a_flipped_header_is_named(tmp_path):
@@ -329,5 +343,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, member):
 def test_nothing_to_verify(tmp_path, capsys):
     assert main(["download", "--verify", "--output_dir", str(tmp_path)]) == 2
     assert "holds no .tar to verify" in capsys.readouterr().err
+    for flags in (["--shard", "1", "--shards", "2"], ["--data_dir", "a", "--output_dir", "b"]):
+        assert main(["download", *flags]) == 2 and "give one of them" in capsys.readouterr().err
     assert main(["download", str(tmp_path / "a.tar")]) == 2
     assert "files are for --verify" in capsys.readouterr().err

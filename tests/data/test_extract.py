@@ -1,6 +1,7 @@
 """Extraction: the features that the encoders give, once per picture, whatever interrupts it."""
 
 import io
+import json
 import os
 import pickle
 import signal
@@ -133,8 +134,52 @@ def test_a_changed_source_is_done_again(tmp_path: Path, tars: Path, sides) -> No
     result = run(tars, tmp_path / "out", sides)
     assert (result.pictures, result.reused) == (4, 7)
     assert read_shards(tmp_path / "out").keys[5] == "new"
-    assert run(tars, tmp_path / "out", sides, dtype="float16").pictures == 11  # so is another dtype
-    assert run(tars, tmp_path / "out", sides, dtype="float16", limit=2).pictures == 6  # or another limit
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dtype": "float16"}, "dtype float32, asked for float16"),
+        ({"limit": 2}, "limit None, asked for 2"),
+        ({"samples_per_shard": 2}, "samples_per_shard 1000, asked for 2"),
+        ({"precision": "bf16"}, "precision fp32, asked for bf16"),
+    ],
+)
+def test_other_settings_drop_nothing_unasked(tmp_path: Path, tars: Path, sides, options: dict, told: str) -> None:
+    out = tmp_path / "out"
+    run(tars, out, sides)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=f"holds features of 00000.tar with {told}; .* or overwrite"):
+        run(tars, out, sides, **options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    expected = 6 if "limit" in options else 11
+    assert run(tars, out, sides, overwrite=True, **options).pictures == expected == len(read_shards(out).keys)
+    assert run(tars, out, sides, overwrite=True, **options).reused == expected  # overwrite repeats nothing that fits
+
+
+def test_other_settings_drop_no_part_of_ranks_unasked(
+    tmp_path: Path, tars: Path, sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(tars, tmp_path / "out", sides).pictures == 4
+    with pytest.raises(ValueError, match=r"00001\.tar with dtype float32, asked for float16"):
+        run(tars, tmp_path / "out", sides, dtype="float16")
+    assert run(tars, tmp_path / "out", sides).reused == 4
+
+
+def test_missing_captions_are_listed(tmp_path: Path, sides) -> None:
+    some = pictures(6)
+    some[1] = Picture("k1", "", some[1].data, ".png")
+    some[4] = Picture("k4", " ", b"damaged", ".png")
+    write_tars(iter(some), tmp_path / "tars", 4)
+    result = run(tmp_path / "tars", tmp_path / "out", sides, samples_per_shard=1)
+    assert (result.pictures, len(result.skipped), result.without_caption) == (5, 1, 1)
+    assert "1 have no caption" in str(result)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["source"], line["key"]) for line in lines] == [("00000.tar", "k1"), ("00001.tar", "k4")]
+    assert lines[0]["reason"] == "no caption; its features were taken"
+    assert len(run(tmp_path / "tars", tmp_path / "out", sides, samples_per_shard=1).skipped) == 1
 
 
 def test_sources_are_added_and_foreign_ones_refused(tmp_path: Path, tars: Path, sides) -> None:
@@ -229,6 +274,9 @@ def test_folder_of_pictures_and_limit(tmp_path: Path, sides) -> None:
         path.with_suffix(".txt").write_text(picture.caption)
     assert run(tmp_path / "pictures", tmp_path / "out", sides, limit=3).pictures == 3
     assert read_shards(tmp_path / "out").captions == ["caption 0", "caption 1", "caption 2"]
+    # of the folder, not of every thousand of it
+    sources = find_sources(tmp_path / "pictures", per_shard=2, limit=3)
+    assert [source.count for source in sources] == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import runpy
 import stat
 import subprocess
 import sys
@@ -18,14 +19,15 @@ from torch import nn
 from blip3o_fast.data import throughput
 from blip3o_fast.data.encoders import Encoder
 from blip3o_fast.data.extract import extract
-from blip3o_fast.data.images import Picture, find_sources, write_tars
+from blip3o_fast.data.images import Picture, Skipped, find_sources, write_tars
 from blip3o_fast.data.int8_report import measure
 from blip3o_fast.data.preprocessing import Preprocessing
 from blip3o_fast.data.ranks import Share, this_share
 from blip3o_fast.data.reader import open_conditions
 from blip3o_fast.data.shards import EncoderInfo, read_shards
 from blip3o_fast.data.stored import quantize, to_float
-from blip3o_fast.data.throughput import Progress, flops_per_picture, peak_flops
+from blip3o_fast.data.throughput import Progress, flops_per_picture
+from blip3o_fast.models.device_flops import peak_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +130,27 @@ def test_shares(variables: dict[str, str], share: Share, monkeypatch: pytest.Mon
     assert sorted(sum((Share(r, share.world).of(items) for r in range(share.world)), [])) == items
 
 
+def test_a_task_of_datatrove_is_one_process_of_its_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """datatrove's Slurm executor counts its array in the rank: with the array counted again most tars were nobody's."""
+    from types import ModuleType
+
+    for name in ("datatrove", "datatrove.executor", "datatrove.pipeline", "datatrove.pipeline.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("LocalPipelineExecutor", "SlurmPipelineExecutor"):
+        setattr(sys.modules["datatrove.executor"], name, object)
+    sys.modules["datatrove.pipeline.base"].PipelineStep = object  # type: ignore[attr-defined]
+    example = runpy.run_path(str(ROOT / "examples" / "extract_datatrove.py"))
+    shares = []
+    monkeypatch.setattr("blip3o_fast.data.extract.extract", lambda **settings: shares.append(this_share()))
+    for rank in range(4):
+        for name, value in {"ID": rank, "MIN": 0, "MAX": 3, "COUNT": 4}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.setenv(name, "")  # so that they are put back
+        assert list(example["Extract"]().run(None, rank=rank, world_size=4)) == []
+    assert shares == [Share(rank, 4, 0) for rank in range(4)]
+
+
 def test_bad_shares_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE: the environment has 'two'; a whole number"):
@@ -141,7 +164,7 @@ def test_bad_shares_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flops_peak_and_the_bar(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # a convolution with 4 x 4 patches: 8 x 8 places, dim outputs, 48 products each, 2 operations per product
     assert flops_per_picture((encoder(6), encoder(5))) == 2 * 64 * 48 * (6 + 5)
-    peak = peak_flops(torch.device("cpu"), torch.float32)
+    peak = peak_of(torch.device("cpu")).flops
     assert peak is not None and 1e8 < peak < 1e14
     run(tars, tmp_path / "out", quiet=False)
     shown = capsys.readouterr().err
@@ -168,7 +191,7 @@ def test_the_estimate_counts_pictures_by_bytes(tars: Path) -> None:
     sources = find_sources(tars)
     progress = Progress(sources, None, quiet=True, on_cpu=False, yes=True)
     assert progress.total() is None
-    some = list(sources[0].pictures(None))[:3]  # type: ignore[arg-type]
+    some = list(sources[0].pictures(Skipped()))[:3]
     progress.update(some, 3)
     assert math.isclose(progress.total() or 0, 12, abs_tol=5)
     assert Progress(sources, 2, quiet=True, on_cpu=False, yes=True).total() is None

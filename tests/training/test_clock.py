@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from blip3o_fast.models import device_flops as peak
 from blip3o_fast.training import clock as clocks
-from blip3o_fast.training import peak
 from blip3o_fast.training.clock import MEASURED, StepClock, StepCost
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blip3o_fast.data.shards import read_meta
 from blip3o_fast.flow.loss import FlowMatchingLoss
 from blip3o_fast.models.config import BLIP3oConfig
 from blip3o_fast.models.nextdit import BLIP3oDiT
@@ -69,6 +70,8 @@ def test_a_dry_run_prints_the_plan(embeddings, tmp_path, capsys):
     settings = TrainSettings(embeddings, tmp_path / "run", preset="tiny", batch_size=4, dry_run=True, save_steps=50)
     assert train(settings)["status"] == "dry run"
     text = capsys.readouterr().out
+    made_by = read_meta(embeddings)
+    assert f"features    condition: {made_by.condition.name}\n            target: {made_by.target.name}\n" in text
     for word in ("memory      about", "s a step here", "disk        up to", "MB/s of half-precision features"):
         assert word in text
     assert not (tmp_path / "run").exists()
