@@ -35,6 +35,7 @@ VARIABLES = {
     "SLURM_PROCID": "number of this process, set by srun",
     "SLURM_STEP_NUM_TASKS": "number of processes, set by srun",
     "TORCHELASTIC_RESTART_COUNT": "how often torchrun has started this process again: then training continues",
+    "TORCHELASTIC_RUN_ID": "what torchrun calls the job: a process started again continues only a run of its own",
     "TORCH_LOGS": "what torch.compile prints",
     "TORCHINDUCTOR_CACHE_DIR": "where torch.compile keeps what it built",
     "TRITON_CACHE_DIR": "where Triton keeps what it built",

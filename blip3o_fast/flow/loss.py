@@ -207,7 +207,8 @@ class FlowMatchingLoss:
         if self.weighting != "none" and output.requires_grad:
             # The gradient of a weighted mean of squares is the plain one, times each sample's weight.
             weight = loss_weight(sigma, self.weighting).reshape(-1, *[1] * (output.dim() - 1))
-            output.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))
+            # Multiplied in the weight's fp32: fp16 ends at 65504, sigma_sqrt's weights at 1e6.
+            output.register_hook(lambda gradient: (gradient * weight).to(gradient.dtype))
         return ops.flow_matching_loss(
             output,
             data,

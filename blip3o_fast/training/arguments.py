@@ -148,7 +148,9 @@ class TrainSettings:
         if self.debug:
             self.subset_size = min(self.subset_size or 1000, 1000)
             self.num_epochs = min(self.num_epochs, 2)
-            self.logging_steps, self.save_steps, self.eval_steps = 10, 100, 100
+            for name, steps in (("logging_steps", 10), ("save_steps", 100), ("eval_steps", 100)):
+                if getattr(self, name) == getattr(TrainSettings, name):  # a number that was given stays
+                    setattr(self, name, steps)
             self.no_wandb = True
             if all(getattr(self, name) is None for name in SIZES):
                 self.preset = "small"

@@ -67,11 +67,11 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-class StepCallback(TrainerCallback):
-    """Gradient check, weight average, true epoch, clean stop, last evaluation, old checkpoints."""
+class EachStep(TrainerCallback):
+    """What BLIP3oTrainer itself has to do around a step: gradient check, weight average, step times, true epoch."""
 
-    def __init__(self, trainer: BLIP3oTrainer, stop: StopRequest, keep: int | None, *, keep_best: bool = False) -> None:
-        self.trainer, self.stop, self.keep, self.keep_best = trainer, stop, keep, keep_best
+    def __init__(self, trainer: BLIP3oTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,9 +83,7 @@ class StepCallback(TrainerCallback):
     ) -> None:
         self.trainer.check_grad_norm()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.watch.reads_are_free:
             trainer.tell_bad_steps()
@@ -94,9 +92,20 @@ class StepCallback(TrainerCallback):
         trainer.clock.step()
         # The Trainer counts one endless epoch.
         state.epoch = trainer.samples_seen() / trainer.order.n
+
+
+class StepCallback(TrainerCallback):
+    """Of a whole run: clean stop, last evaluation, old checkpoints."""
+
+    def __init__(self, trainer: BLIP3oTrainer, stop: StopRequest, keep: int | None, *, keep_best: bool = False) -> None:
+        self.trainer, self.stop, self.keep, self.keep_best = trainer, stop, keep, keep_best
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         if state.global_step >= state.max_steps:
             control.should_log = True
-            control.should_evaluate = trainer.validation is not None
+            control.should_evaluate = self.trainer.validation is not None
         elif self.stop.agreed(args.device):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -14,6 +14,7 @@ Trainer's and are read with ``weights_only=True``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -150,6 +151,20 @@ def rotate(output_dir: Path, keep: int | None, *, keep_best: bool = False) -> No
         if path not in kept and step_of(path) < step_of(whole[-1]):
             unmark(path)  # first: a deletion that is cut off must not leave something that looks whole
             shutil.rmtree(path)
+
+
+def set_aside(output_dir: Path, resume: Path | None) -> list[Path]:
+    """Rename the whole checkpoints after the one that a run is continued from, and return their new places.
+
+    Left where they are, they would count as the newest: `rotate` would delete what the run saves, and ``auto`` would
+    leave its present course.
+    """
+    moved = []
+    for path in checkpoints(output_dir) if resume is not None and resume.parent.samefile(output_dir) else []:
+        if resume is not None and step_of(path) > step_of(resume) and what_is_missing(path) is None:
+            places = (path.with_name(f"earlier-{path.name}" + (f"-{i}" if i else "")) for i in itertools.count())
+            moved.append(path.rename(next(place for place in places if not place.exists())))
+    return moved
 
 
 def truncate_metrics(path: Path, step: int) -> None:

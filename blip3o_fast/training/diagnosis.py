@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blip3o_fast.training import checkpoints
+from blip3o_fast.training.streamed import SideView, names_of, to_network
 
 if TYPE_CHECKING:
     from blip3o_fast.training.trainer import BLIP3oTrainer
@@ -172,8 +173,7 @@ def _computed_again(trainer: BLIP3oTrainer, step: int) -> list[str]:
     def loss_of(batch: dict[str, Any]) -> Tensor:
         return trainer.loss_function(
             model,
-            batch["target"],
-            batch["encoder_hidden_states"],
+            *to_network(batch, trainer.conditions, trainer.targets),
             seed=trainer.args.seed,
             sample_index=batch["sample_index"],
         )[0]
@@ -182,11 +182,20 @@ def _computed_again(trainer: BLIP3oTrainer, step: int) -> list[str]:
         stream = trainer.get_train_dataloader().dataset
         for micro_batch in range((step - 1) * accumulate, step * accumulate):
             batch = stream[micro_batch]
-            pictures = trainer.order.pictures(batch["sample_index"], len(batch["target"])).tolist()
-            keys = [f"picture {p}" if trainer.keys is None else trainer.keys[p] for p in pictures]
-            yield trainer._prepare_inputs(batch), keys
+            pictures = trainer.order.pictures(batch["sample_index"], len(batch["target"]))
+            yield trainer._prepare_inputs(batch), _names(trainer, pictures)
 
     try:
         return diagnose(model, loss_of, batches())
     except Exception as error:  # the run stops for another reason, which must be told
         return [f"not possible: {type(error).__name__}: {error}"]
+
+
+def _names(trainer: BLIP3oTrainer, pictures: Tensor) -> list[str]:
+    if trainer.keys is not None:
+        return [trainer.keys[picture] for picture in pictures.tolist()]
+    if isinstance(trainer.conditions, SideView):
+        each, places = pictures.unique(return_inverse=True)  # a batch over the end of an epoch may have one twice
+        names = names_of(trainer.conditions, each)
+        return [names[place] for place in places.tolist()]
+    return [f"picture {picture}" for picture in pictures.tolist()]

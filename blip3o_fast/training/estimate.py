@@ -53,7 +53,7 @@ def needs(settings: TrainSettings, config: BLIP3oConfig, data_bytes: int, contex
     with torch.device("meta"):
         network = BLIP3oDiT(config)
     if settings.gradient_checkpointing:
-        network.gradient_checkpointing_enable()
+        network.gradient_checkpointing_enable({"mode": settings.checkpointing_mode})
     count = sum(parameter.numel() for parameter in network.parameters())
     weights, half = 4 * count, settings.bf16 or settings.fp16
     size: dict[str, Any] = {"training": True, "dtype": torch.bfloat16 if half else torch.float32, "context": context}
@@ -61,8 +61,9 @@ def needs(settings: TrainSettings, config: BLIP3oConfig, data_bytes: int, contex
     # x_t, the noise, the network's output and its gradient, in fp32; under autocast the weights' casts until the end.
     activations += 16 * settings.batch_size * config.num_tokens * config.in_channels + (2 * count if half else 0)
     activations = int(1.1 * activations)  # temporaries of operations, the allocator's holes
-    # Gradients that are there before the backward begins share nothing, nor where blocks are computed again.
-    fresh = settings.gradient_accumulation_steps == 1 and world == 1 and not settings.gradient_checkpointing
+    # Gradients that are there before the backward begins share nothing, nor where whole blocks are computed again.
+    blockwise = settings.gradient_checkpointing and settings.checkpointing_mode == "block"
+    fresh = settings.gradient_accumulation_steps == 1 and world == 1 and not blockwise
     shared = min(activations, weights) if fresh else 0
     average = weights if settings.ema_decay else 0
     return Needs(count, weights, weights, 2 * weights, average, activations, shared, data_bytes)
@@ -132,7 +133,8 @@ def plan(
     # while the newest is written the oldest is still there; the trained model at the end
     disk = (min(kept, -(-steps // settings.save_steps)) + 1) * wants.checkpoint + wants.weights
     samples = settings.batch_size * settings.gradient_accumulation_steps * world / step_seconds
-    sample = 2 * (data.conditions.shape[1:].numel() + data.targets.shape[1:].numel())
+    # as stored: a projection (--normalize pca:64) narrows what has been read
+    sample = 2 * (data.raw_conditions.shape[1:].numel() + data.raw_targets.shape[1:].numel())
     hours = steps * step_seconds / 3600
     return "\n".join(
         [

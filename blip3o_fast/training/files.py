@@ -54,10 +54,30 @@ def settings_from(
     return TrainSettings(**values, training_arguments=more)
 
 
+# Of two settings that say one thing, the one given later drops the other.
+RIVALS = (
+    ("warmup_steps", "warmup_ratio"),
+    ("max_steps", "num_epochs"),
+    ("bf16", "fp16"),
+    ("normalize", "normalize_embeddings"),
+)
+
+
 def _without_rivals(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    rivals = (("warmup_steps", "warmup_ratio"), ("max_steps", "num_epochs"), ("bf16", "fp16"))
-    dropped = {a for pair in rivals for a, b in (pair, pair[::-1]) if later.get(b) not in (None, False)}
+    dropped = {a for pair in RIVALS for a, b in (pair, pair[::-1]) if _says_something(later.get(b))}
+    # What belongs to the other choice goes with it: the end of a cosine, the steps that --debug shortens, wandb turned
+    # off where a tracker is named.
+    if later.get("lr_scheduler", "cosine") != "cosine":
+        dropped.add("min_learning_rate")
+    if later.get("debug"):
+        dropped.add("max_steps")
+    if later.get("report_to") is not None:
+        dropped.add("no_wandb")
     return {name: value for name, value in earlier.items() if name not in dropped}
+
+
+def _says_something(value: Any) -> bool:
+    return value is not None and value is not False  # 0 steps of warm-up is a choice
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:

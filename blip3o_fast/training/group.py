@@ -17,6 +17,11 @@ def restarts() -> int:
     return int(env.read("TORCHELASTIC_RESTART_COUNT") or "0")
 
 
+def job() -> str | None:
+    """What torchrun calls this job, the same in all its processes and lives; None without torchrun."""
+    return env.read("TORCHELASTIC_RUN_ID") or None
+
+
 def leave() -> None:
     """All ranks together, at the end. Without this a process of a torchrun job may abort after it has succeeded."""
     if dist.is_available() and dist.is_initialized():

@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from blip3o_fast.training.arguments import TrainSettings
+from blip3o_fast.training.optimizers import check_optimizer
 
 # TrainingArguments' names for what flags of ours say.
 OURS = {
@@ -49,6 +50,12 @@ REFUSED = {
     "neftune_noise_alpha": "there are no embeddings of words here",
     "label_smoothing_factor": "there are no classes here",
     "use_liger_kernel": "the network has fused kernels already",
+    "gradient_checkpointing_kwargs": "--checkpointing_mode says how",
+    "activation_checkpointing_kwargs": "--checkpointing_mode says how",
+    "dataloader_prefetch_factor": "the loader of the stream has its own; see --num_workers",
+    "dataloader_persistent_workers": "the workers live as long as the run: its stream has no end of an epoch",
+    "metric_for_best_model": "--load_best_model_at_end goes by the held-out loss",
+    "greater_is_better": "--load_best_model_at_end goes by the held-out loss",
     "fp16_full_eval": "evaluation runs under the training's autocast",
     "bf16_full_eval": "evaluation runs under the training's autocast",
     "do_train": "`blip3o-fast train` trains and evaluates",
@@ -104,9 +111,7 @@ def parse_passed_on(words: Iterable[str]) -> dict[str, Any]:
     if rest:
         raise ValueError(f"Got unexpected extra argument {rest[0]!r}")
     given = {name: value.value if isinstance(value, enum.Enum) else value for name, value in vars(namespace).items()}
-    optimizer = str(given.get("optim", ""))
-    if ("bnb" in optimizer or "8bit" in optimizer) and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--optim {optimizer} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    check_optimizer(str(given.get("optim", "")))
     return given
 
 

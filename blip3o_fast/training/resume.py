@@ -8,9 +8,10 @@ from typing import Any
 
 from blip3o_fast import env
 from blip3o_fast.models.normalizer import FILE_NAME, FeatureNormalizers
+from blip3o_fast.models.reading import OUR_WEIGHTS, STOCK_WEIGHTS
 from blip3o_fast.training import checkpoints
 from blip3o_fast.training.arguments import TrainSettings
-from blip3o_fast.training.group import restarts
+from blip3o_fast.training.group import job, restarts
 from blip3o_fast.training.prepare import Data, effective_batch
 
 
@@ -26,7 +27,11 @@ def resume_point(settings: TrainSettings) -> Path | None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; a folder is needed")
     run, last = checkpoints.read_run(output), checkpoints.last_whole(output)
-    if (again := restarts()) and (wanted is None or last is not None):
+    if run is None and last is None and any((output / name).exists() for name in (OUR_WEIGHTS, STOCK_WEIGHTS)):
+        raise ValueError(f"--output_dir {output} holds a model that no run here made; choose another folder")
+    # A folder that this job did not begin to write is as closed to its second life as it was to its first.
+    ours = not checkpoints.checkpoints(output) if run is None else run.get("job") == job()
+    if (again := restarts()) and ours and (wanted is None or last is not None):
         # Whoever started the job is not there to add the flag, and a named checkpoint is older than what was saved.
         say(f"restart {again} by torchrun: continuing from the newest whole checkpoint")
         wanted = "auto"
@@ -43,7 +48,7 @@ def resume_point(settings: TrainSettings) -> Path | None:
     if wanted == "auto":
         if last is None and run is None:
             say(f"no run in {output} yet: starting a new one")
-        elif last is None:
+        elif last is None and run is not None and run.get("status") != "finished":
             say(f"the run in {output} was stopped before its first whole checkpoint: starting it again")
         return last
     folder = Path(wanted)
@@ -66,6 +71,29 @@ def stored_normalizer(resume: Path | None) -> FeatureNormalizers | None:
     return FeatureNormalizers.load(resume)
 
 
+def finished_without_checkpoints(settings: TrainSettings) -> int | None:
+    """The steps of a finished run in ``output_dir`` that has no checkpoint any more, None where there is none such.
+
+    Asked when `resume_point` has nothing to continue from: the run is not to be made again over its own model.
+    ValueError where other settings or more steps of it are asked for.
+    """
+    run = checkpoints.read_run(Path(settings.output_dir))
+    if run is None or run.get("status") != "finished":
+        return None
+    steps, earlier = run.get("steps", 0), run.get("settings", {})
+    changed = settings.differences(earlier)
+    if (settings.max_steps or 0) > steps or (
+        settings.max_steps is None and settings.num_epochs > earlier.get("num_epochs", settings.num_epochs)
+    ):
+        changed.append(f"it has {steps} steps; more were asked for")
+    if changed:
+        raise ValueError(
+            f"--output_dir {settings.output_dir} holds a finished run whose checkpoints are gone: it cannot be "
+            "continued; train on from its model in another folder, with --init_from\n" + "\n".join(changed)
+        )
+    return steps
+
+
 def is_finished(settings: TrainSettings, resume: Path, run: dict[str, Any] | None, steps: int) -> bool:
     """Whether nothing is left to do of ``steps``, the total that the present flags give."""
     if run is None or run.get("status") != "finished" or checkpoints.step_of(resume) < run.get("steps", 0):
@@ -80,6 +108,8 @@ def check_same_run(
     settings: TrainSettings, run: dict[str, Any] | None, data: Data, resume: Path | None, world_size: int
 ) -> None:
     """A continued run must go on as it began: refuse changed settings, another effective batch and other data."""
+    if resume is not None and run is None:  # continued in another folder: the checkpoint says what it belongs to
+        run = checkpoints.read_state(resume).get("run")
     if resume is None or run is None:
         return
     earlier = run.get("settings", {})

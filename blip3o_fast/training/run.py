@@ -26,6 +26,7 @@ from blip3o_fast.training.finite import NonFiniteError
 from blip3o_fast.training.optimizer_state import read_named_state
 from blip3o_fast.training.resume import (
     check_same_run,
+    finished_without_checkpoints,
     is_finished,
     resume_point,
     say,
@@ -75,6 +76,8 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
     _need_libraries()
     resume = resume_point(settings)
     earlier = checkpoints.read_run(Path(settings.output_dir)) if resume else None
+    if resume is None and (steps := finished_without_checkpoints(settings)) is not None:
+        return _nothing_to_do(settings, steps)
     device = prepare.device_for(settings)
     start = BLIP3oDiT.from_pretrained(settings.init_from) if settings.init_from and not resume else None
     if start is not None and settings.init_optimizer:
@@ -84,10 +87,7 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
     check_same_run(settings, earlier, data, resume, world)
     steps = prepare.total_steps(settings, len(data.conditions), world)
     if resume and is_finished(settings, resume, earlier, steps):
-        step = checkpoints.step_of(resume)
-        more = "more with a larger --max_steps or --num_epochs"
-        say(f"{settings.output_dir} is finished: {step} steps. Nothing to do; {more}")
-        return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
+        return _nothing_to_do(settings, checkpoints.step_of(resume), "; more with a larger --max_steps or --num_epochs")
     if (profiled := steps_named(settings.profile_steps)) and profiled[0] > steps:
         raise ValueError(f"--profile_steps {settings.profile_steps}: the run has only {steps} steps")
     if start is not None:
@@ -116,6 +116,11 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
     except BaseException:
         group.abandon()
         raise
+
+
+def _nothing_to_do(settings: TrainSettings, step: int, more: str = "") -> dict[str, Any]:
+    say(f"{settings.output_dir} is finished: {step} steps. Nothing to do{more}")
+    return {"status": "finished", "step": step, "output_dir": str(settings.output_dir)}
 
 
 def _need_libraries() -> None:
@@ -234,6 +239,7 @@ def _run(
     run = {
         "format_version": 1,
         "status": "running",
+        "job": group.job(),
         "steps": steps,
         "world_size": args.world_size,
         "effective_batch": prepare.effective_batch(settings, args.world_size),
@@ -246,6 +252,8 @@ def _run(
     if main:
         checkpoints.write_json(output / checkpoints.RUN_FILE, run)
         saving.point_to_interrupted(output, None)
+        for aside in checkpoints.set_aside(output, resume):
+            say(f"note: {aside} comes from steps that are now made again; it is not used, delete it at will")
     try:
         with stop.listening():
             if resume and checkpoints.step_of(resume) >= steps:

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 
 from blip3o_fast.models.reading import read_weights
 from blip3o_fast.training import checkpoints, fsdp, group, saving
+from blip3o_fast.training.callbacks import EachStep
 from blip3o_fast.training.clock import StepClock, StepCost
 from blip3o_fast.training.diagnosis import explain
 from blip3o_fast.training.ema import EMA
@@ -41,11 +42,11 @@ LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 class BLIP3oTrainer(Trainer):
-    """Trains ``model`` on in-memory embeddings.
+    """Trains ``model`` on embeddings, in memory or streamed from their folder.
 
     Args:
         model: called as ``model(x_t, timestep, encoder_hidden_states, ...)`` by the loss function.
-        args: transformers' TrainingArguments; `arguments.training_arguments` makes suitable ones.
+        args: transformers' TrainingArguments; `trainer_args.training_arguments` makes suitable ones.
         conditions, targets: ``[n, T, E]`` and ``[n, T, C]`` of the training pictures, as the network sees them
             (normalised), on the CPU; or views of a folder (`streamed`), normalised on the device.
         loss_function: ``(model, data, encoder_hidden_states, *, seed, sample_index) -> (loss, metrics)``; sample_index
@@ -94,9 +95,8 @@ class BLIP3oTrainer(Trainer):
         self.loss_function = loss_function
         self.validation = validation
         self.linear_loss = linear_loss
-        self.keys = keys
+        self.keys, self.init_optimizer = keys, init_optimizer
         self.record = {} if record is None else record
-        self.init_optimizer = init_optimizer
         self.last_evaluation: tuple[int, float] = (-1, 0.0)  # step and loss
         self.sums = MetricSums()
         self.grad_norm: Tensor | None = None
@@ -114,6 +114,7 @@ class BLIP3oTrainer(Trainer):
         # Its guess from forward()'s signature would change how accumulated losses are scaled.
         self.model_accepts_loss_kwargs = False
         self.ema = EMA(model, ema_decay) if ema_decay else None
+        self.add_callback(EachStep(self))
         self._remember_grad_norm()
 
     # ---- data ------------------------------------------------------------------------------------------------------

@@ -44,3 +44,13 @@ def test_bad_settings_are_named():
         FlowMatchingLoss(weighting="snr")
     with pytest.raises(ValueError, match="would scale the gradient of the regularization"):
         FlowMatchingLoss(weighting="cosmap", regularization_weight=0.1)
+
+
+def test_a_weight_that_fp16_cannot_hold_leaves_gradients_finite():
+    guess = torch.randn(2, 4, 3).half().requires_grad_()
+    data, condition = torch.randn(2, 4, 3), torch.zeros(2, 4, 5)
+    loss = FlowMatchingLoss(weighting="sigma_sqrt")(
+        lambda x, t, c: guess * 1, data, condition, seed=1, sample_index=0, sigma=torch.tensor([1e-4, 0.5])
+    )[0]
+    (1e-3 * loss).backward()  # the scale that a scaler would come to
+    assert guess.grad.dtype == torch.float16 and guess.grad.isfinite().all() and guess.grad[0].abs().max() > 1

@@ -66,6 +66,8 @@ def test_debug_makes_a_small_run():
     assert (small.subset_size, small.num_epochs, small.logging_steps) == (1000, 2, 10)
     assert (small.save_steps, small.eval_steps, small.no_wandb) == (100, 100, True)
     assert settings(debug=True, subset_size=50).subset_size == 50
+    given = settings(debug=True, logging_steps=1, save_steps=5)
+    assert (given.logging_steps, given.save_steps, given.eval_steps) == (1, 5, 100)
     assert small.preset == "small"
     assert settings(debug=True, num_layers=3).preset is None and settings(debug=True, preset="tiny").preset == "tiny"
 

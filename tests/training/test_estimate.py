@@ -10,6 +10,7 @@ from blip3o_fast.models.nextdit import BLIP3oDiT
 from blip3o_fast.models.peak import peak_bytes
 from blip3o_fast.training import estimate
 from blip3o_fast.training.arguments import TrainSettings
+from blip3o_fast.training.prepare import config_for, load_data
 from blip3o_fast.training.run import train
 
 CPU = torch.device("cpu")
@@ -17,14 +18,15 @@ CONFIG = BLIP3oConfig.preset("small", num_layers=3, cross_attention_dim=96)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "block", "selective"])
 def test_the_estimate_is_what_a_step_takes(checkpointing, bf16):
     """Gradients and activations together, at the height of a forward and a backward."""
-    settings = TrainSettings("e", "o", batch_size=6, gradient_checkpointing=checkpointing, bf16=bf16)
+    flags = {"gradient_checkpointing": True, "checkpointing_mode": checkpointing} if checkpointing else {}
+    settings = TrainSettings("e", "o", batch_size=6, bf16=bf16, **flags)
     found = estimate.needs(settings, CONFIG, 0, 64)
     model = BLIP3oDiT(CONFIG).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"mode": checkpointing})
     assert found.parameters == sum(p.numel() for p in model.parameters())
     target, condition = torch.randn(6, 64, 64), torch.randn(6, 64, 96)
 
@@ -52,6 +54,16 @@ def test_what_does_not_fit_is_refused_with_the_preset_that_does(embeddings, tmp_
         train(TrainSettings(embeddings, tmp_path / "run", preset="tiny", **flags))
     done = train(TrainSettings(embeddings, tmp_path / "run", preset="tiny", force=True, **flags))
     assert done["status"] == "finished"
+
+
+def test_reading_is_counted_as_stored_whatever_the_normalisation_leaves(embeddings, tmp_path):
+    def reading(normalize):
+        settings = TrainSettings(embeddings, tmp_path / "run", preset="tiny", batch_size=4, normalize=normalize)
+        data = load_data(settings)
+        text = estimate.plan(settings, data, config_for(settings, data), CPU, 10, 1, 1e-3)
+        return next(line for line in text.splitlines() if line.startswith("reading"))
+
+    assert reading("pca:2") == reading("none")
 
 
 def test_a_dry_run_prints_the_plan(embeddings, tmp_path, capsys):

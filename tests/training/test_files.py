@@ -65,9 +65,27 @@ def test_of_two_flags_for_one_thing_the_later_replaces_the_earlier(tmp_path):
     assert settings_from(GIVEN | {"num_epochs": 2.0}, recipe="demo").max_steps is None
     found = settings_from(GIVEN, recipe="blip3o", config=write(tmp_path, "fp16: true"))
     assert found.fp16 and not found.bf16
+    assert settings_from(GIVEN | {"warmup_steps": 0}, recipe="blip3o").warmup_ratio is None
     both = settings_from(GIVEN, config=write(tmp_path, "warmup_steps: 5\nwarmup_ratio: 0.1"))
     with pytest.raises(ValueError, match="--warmup_steps and --warmup_ratio exclude each other"):
         both.check()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "expected"),
+    [
+        ("demo", {"normalize_embeddings": True}, {"normalize": "l2"}),
+        ("demo", {"debug": True}, {"max_steps": None, "num_epochs": 2}),
+        ("demo", {"debug": True, "max_steps": 5}, {"max_steps": 5}),
+        ("demo", {"report_to": "wandb"}, {"no_wandb": False}),
+        ("blip3o", {"lr_scheduler": "linear"}, {"min_learning_rate": 0.0}),
+        ("blip3o", {"warmup_steps": 0}, {"warmup_steps": 0, "warmup_ratio": None}),
+    ],
+)
+def test_a_flag_is_never_at_odds_with_its_recipe(recipe, flags, expected):
+    found = settings_from(GIVEN | flags, recipe=recipe)
+    found.check()
+    assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_everything_may_stand_in_the_file(tmp_path):

@@ -124,6 +124,12 @@ def test_a_process_that_torchrun_started_again_continues_by_itself(monkeypatch, 
     assert "restart 1 by torchrun: continuing from the newest whole checkpoint" in capsys.readouterr().out
     settings.resume_from_checkpoint = str(tmp_path / "checkpoint-3")  # where its first life began
     assert resume_point(settings) == tmp_path / "checkpoint-6"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
+    assert resume_point(settings) == tmp_path / "checkpoint-3"  # as the flag says
+    with pytest.raises(ValueError, match="already holds a run"):  # refused in its first life, and still
+        resume_point(TrainSettings("unused", tmp_path))
+    checkpoints.write_json(tmp_path / checkpoints.RUN_FILE, {"status": "running", "job": "another job"})
+    assert resume_point(TrainSettings("unused", tmp_path)) == tmp_path / "checkpoint-6"
     for first_life in ("0", ""):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", first_life)
         assert resume_point(settings) == tmp_path / "checkpoint-3"

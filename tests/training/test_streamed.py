@@ -146,3 +146,13 @@ def test_a_rule_of_ones_own_is_told(settings, capsys, loading):
     told = capsys.readouterr().out
     assert len(data.conditions) == 20 and "note: --split" not in told
     assert ("--on_bad_shard skip has no effect" in told) == (loading == "memory")
+
+
+def test_a_streamed_run_that_diverges_names_pictures_and_the_op(settings):
+    """The step that is computed again goes through the same normalisation as the one that was bad."""
+    diverging = settings(normalize="pca:3", learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0, max_bad_steps=1)
+    with pytest.raises(ValueError, match="computed again") as error:
+        train(diverging)
+    message = str(error.value)
+    assert "not possible" not in message and "op: first" in message
+    assert "samples: picture-" in message

@@ -1,6 +1,7 @@
 """`train(settings)` end to end on a small network, and everything that it refuses or says first."""
 
 import json
+import shutil
 import signal
 import threading
 
@@ -175,6 +176,55 @@ def test_a_finished_run_goes_on_with_more_steps(finished, embeddings, tmp_path, 
     assert "planned for 6 steps; the learning rate now follows 8" in capsys.readouterr().out
     steps = [entry["step"] for entry in checkpoints.read_metrics(output / "metrics.jsonl") if "loss" in entry]
     assert steps == [1, 2, 4, 6, 8]
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_made_again(finished, embeddings, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output, ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    result = train(TrainSettings(embeddings, output, resume_from_checkpoint="auto", **SMALL))
+    assert (result["status"], result["step"]) == ("finished", 6)
+    assert "is finished: 6 steps. Nothing to do\n" in capsys.readouterr().out
+    for changed in ({"max_steps": 8}, {"seed": 7}, {"max_steps": None, "num_epochs": 11}):
+        with pytest.raises(ValueError, match="a finished run whose checkpoints are gone.*--init_from"):
+            train(TrainSettings(embeddings, output, resume_from_checkpoint="auto", **SMALL | changed))
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
+
+def test_a_folder_with_somebodys_model_is_refused(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"precious")
+    for wanted in (None, "auto"):
+        with pytest.raises(ValueError, match="holds a model that no run here made"):
+            train(settings(resume_from_checkpoint=wanted))
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(finished, embeddings, tmp_path, capsys):
+    """Or rotation would delete what is saved now, and `auto` would take up the course that was left."""
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    back = str(output / "checkpoint-3")
+    (output / "checkpoint-4").mkdir()  # cut off while it was written: made again under its own name
+    other = SMALL | {"max_steps": 5, "save_steps": 1, "save_total_limit": 1}
+    assert train(TrainSettings(embeddings, output, resume_from_checkpoint=back, **other))["step"] == 5
+    assert "earlier-checkpoint-6 comes from steps that are now made again" in capsys.readouterr().out
+    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-5", "earlier-checkpoint-6"]
+    assert checkpoints.last_whole(output) == output / "checkpoint-5"
+    assert checkpoints.set_aside(output, output / "checkpoint-5") == []
+
+
+def test_a_checkpoint_continued_in_another_folder_keeps_its_settings(finished, embeddings, tmp_path):
+    """AdamW's state and the schedule bring the learning rate along: another one would be ignored."""
+    source = str(finished[0] / "checkpoint-3")
+    with pytest.raises(ValueError, match="--learning_rate: the run has 0.01, now 0.5"):
+        train(
+            TrainSettings(embeddings, tmp_path / "b", resume_from_checkpoint=source, **SMALL | {"learning_rate": 0.5})
+        )
+    assert not (tmp_path / "b").exists()
+    assert train(TrainSettings(embeddings, tmp_path / "b", resume_from_checkpoint=source, **SMALL))["step"] == 6
+    assert (finished[0] / "checkpoint-6").is_dir()
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "b", finished[0]))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_running_out_of_memory_says_which_flags_help(settings, monkeypatch):

@@ -209,6 +209,25 @@ def test_predicting_gives_the_loss(tmp_path, make_trainer):
     assert loss == trainer.compute_loss(trainer.model, batch).detach()
 
 
+def test_the_trainer_alone_averages_and_leaves_bad_steps_out(tmp_path, make_trainer, stand_in):
+    """As somebody's own script has it, without the callbacks of `run.train`."""
+    from blip3o_fast.flow.loss import FlowMatchingLoss
+    from blip3o_fast.training.callbacks import StepCallback
+
+    model, calls = stand_in(), []
+
+    def nan_in_step_3(*args, **kwargs):
+        loss, metrics = FlowMatchingLoss.from_config(model.config)(*args, **kwargs)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 3 else loss), metrics
+
+    trainer = make_trainer(tmp_path, model, loss_function=nan_in_step_3, max_steps=5)
+    trainer.remove_callback(StepCallback)
+    trainer.train()
+    assert trainer.watch.total == 1 and trainer.ema.updates == 5
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_bad_input_is_named(tmp_path, make_trainer):
     trainer = make_trainer(tmp_path)
     parts = {"loss_function": trainer.loss_function, "conditions": trainer.conditions}
