@@ -231,10 +231,9 @@ def test_a_header_that_lies_ends_its_tar_at_once(tmp_path: Path, damage: bytes) 
     (source,), told, begun = find_sources(tmp_path), Skipped(), time.perf_counter()
     found = [picture.key for picture in source.pictures(told)]
     assert found in ([], ["a"]) and time.perf_counter() - begun < 2
-    assert (
-        "not a whole uncompressed tar" in told.reasons["x.tar:(the rest)"]
-        and "announces" in told.reasons["x.tar:(the rest)"]
-    )
+    reason = told.reasons["x.tar:(the rest)"]
+    # Python's tarfile refuses some of them itself, which of them changes between its versions
+    assert "not a whole uncompressed tar" in reason and ("announces" in reason or "invalid header" in reason)
 
 
 def test_a_disk_that_fails_is_not_a_damaged_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

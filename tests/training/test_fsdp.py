@@ -1,6 +1,7 @@
 """FSDP2 on CPU processes: sharded parameters, the loss of one process, checkpoints for another number of ranks."""
 
 import copy
+import io
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,3 +178,9 @@ def test_a_checkpoint_that_is_cut_off_or_planted_is_refused(tmp_path, monkeypatc
     (folder / "complete.json").unlink()
     with pytest.raises(ValueError, match="writing it was interrupted"):
         fsdp.load(folder, model)
+
+
+@pytest.mark.parametrize("index", [b"cbuiltins\ngetattr\n(ctorch\nSize\nVcount\ntR.", b"cos\nsystem\n(Vtrue\ntR."])
+def test_an_index_gets_members_of_enums_and_nothing_else(index):
+    with pytest.raises(ValueError, match="which no sharded checkpoint needs: not read"):
+        fsdp._Index(io.BytesIO(index)).load()
